@@ -23,7 +23,11 @@ MetadataValue = str | int | float | bool | None
 
 class _Record(BaseModel):
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,  # not JSON: pydantic would read NaN and write null
     )
 
 

@@ -1,0 +1,247 @@
+"""Encoded image bytes to what the model sees: probe the header, or decode to RGB.
+
+    probe_image("photo.jpg")         # ImageInfo(width=1200, height=1800, format="JPEG", ...)
+    decode_image(data).size          # (1200, 1800): the same, always
+
+One definition of "the picture" for validator, shards and training:
+
+- the first frame of an animation;
+- turned as its EXIF orientation says (EXIF that cannot be read counts as none, as in browsers);
+- alpha is dropped, not blended: `convert("RGB")`, as the published processor does;
+- 16-bit samples keep their high byte, as Pillow itself does for 16-bit RGB. (`convert("RGB")` of a
+  16-bit grey image clips it to white instead.) 32-bit integer and float pixels have no defined
+  white level and are refused;
+- a file is read only by the decoders in `FORMATS`, none of which starts another program, and only
+  up to `MAX_PIXELS`.
+"""
+
+import io
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Pillow's names of the formats read (a JPEG of several pictures is reported as `MPO`). EPS, for
+one, would run Ghostscript on the data."""
+
+MAX_PIXELS = 178_956_970
+"""Width times height above this is refused as a decompression bomb: Pillow's own limit (it warns
+at half of it), stated here because a program can switch Pillow's off."""
+
+ORIENTATION_TAG = 0x0112
+
+
+class ImageError(ValueError):
+    """The bytes are not an image that can be decoded whole. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What the header says."""
+
+    width: int
+    """Pixels, after turning by EXIF: as the model sees it."""
+
+    height: int
+    """Pixels, after turning by EXIF."""
+
+    mode: str
+    """Pillow's mode as stored, for example `RGB`, `CMYK`, `P`, `I;16`."""
+
+    format: str
+    """Format by content: one of `FORMATS`, or `MPO`."""
+
+    orientation: int
+    """EXIF orientation, 1 to 8; 1 is upright."""
+
+
+def probe_image(source: bytes | memoryview | str | os.PathLike[str]) -> ImageInfo:
+    """Read size, mode, format and orientation without decoding the pixels.
+
+    A header can be whole where the pixels are not: only `decode_image` finds a truncated file.
+
+    Raises:
+        ImageError: not an image in one of `FORMATS`, or a decompression bomb.
+        OSError: the file cannot be opened.
+    """
+    if isinstance(source, (bytes, memoryview)):
+        return _probe(io.BytesIO(source))
+    with open(source, "rb") as file:
+        return _probe(file)
+
+
+def decode_image(data: bytes | memoryview) -> "Image.Image":
+    """Decode the whole image to RGB, turned upright.
+
+    Raises:
+        ImageError: the bytes are not an image, are truncated or damaged, hold more than
+            `MAX_PIXELS`, or have 32-bit pixels.
+    """
+    from PIL import Image
+
+    image = _open(io.BytesIO(data))
+    try:
+        # Before anything else: on a damaged PNG `getexif()` fails inside its own hidden load, and
+        # the next `load()` then succeeds with half a picture.
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        image = _to_rgb(image)
+        return image if turn is None else image.transpose(Image.Transpose(turn))
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
+        raise ImageError(_reason(error)) from error
+
+
+# EXIF orientation -> Image.Transpose, by value so that Pillow is imported only when needed.
+_TURNS = {
+    2: 0,  # FLIP_LEFT_RIGHT
+    3: 3,  # ROTATE_180
+    4: 1,  # FLIP_TOP_BOTTOM
+    5: 5,  # TRANSPOSE
+    6: 4,  # ROTATE_270
+    7: 6,  # TRANSVERSE
+    8: 2,  # ROTATE_90
+}
+
+
+def _open(file: BinaryIO) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except MemoryError:
+        raise
+    except Exception as error:  # as above: SyntaxError, struct.error, ValueError, OSError, ...
+        raise ImageError(_reason(error)) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width}x{height} pixels: more than the {MAX_PIXELS:,} allowed")
+    return image
+
+
+def _probe(file: BinaryIO) -> ImageInfo:
+    image = _open(file)
+    width, height = image.size
+    # TIFF reports the size it has after turning, and turns by itself in load().
+    is_turned_by_pillow = image.format == "TIFF"
+    orientation = _header_orientation(image, file)
+    if orientation >= 5 and not is_turned_by_pillow:
+        width, height = height, width
+    assert image.format is not None
+    return ImageInfo(width, height, image.mode, image.format, orientation)
+
+
+def _orientation(image: "Image.Image") -> int:
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except MemoryError:
+        raise
+    except Exception:  # broken EXIF, in as many exception types as there are ways to break it
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _header_orientation(image: "Image.Image", file: BinaryIO) -> int:
+    """The orientation `decode_image` will use, without decoding.
+
+    Pillow looks for a PNG's EXIF by decoding it whole, since the chunk may follow the pixels.
+    Walking the chunk headers finds those that matter; only such a late one costs a decode.
+    """
+    if image.format != "PNG":
+        return _orientation(image)
+    if _has_late_metadata(file):
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError, struct.error):
+            return 1  # decode_image is the one to say so
+        return _orientation(image)
+    from PIL import Image
+
+    try:
+        value = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
+    except MemoryError:
+        raise
+    except Exception:  # as in _orientation
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _has_late_metadata(file: BinaryIO) -> bool:
+    """Whether a PNG has a chunk that may carry an orientation after its first pixel chunk."""
+    position = 8
+    seen_pixels = False
+    while True:
+        file.seek(position)
+        header = file.read(8)
+        if len(header) < 8:
+            return False
+        length, kind = struct.unpack(">I4s", header)
+        if kind == b"IDAT":
+            seen_pixels = True
+        elif seen_pixels and kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+            return True
+        elif kind == b"IEND":
+            return False
+        position += 12 + length
+
+
+def _to_rgb(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image.copy() if image.readonly else image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        import numpy as np
+
+        high_byte = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(high_byte).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"mode {image.mode} (32-bit pixels) has no defined white level; save it with 8 bits"
+        )
+    # Dropping alpha is what we want; without this Pillow advises RGBA in a warning per palette.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image in a format that is read ({', '.join(FORMATS)})"
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"\d+", str(error))
+        size = f"{int(pixels[0]):,}" if pixels else "too many"
+        return f"{size} pixels: more than the {MAX_PIXELS:,} allowed"
+    return str(error) or type(error).__name__
+
+
+_EXTENSIONS = {
+    ".jpg": ("JPEG", "MPO"),
+    ".jpeg": ("JPEG", "MPO"),
+    ".jpe": ("JPEG", "MPO"),
+    ".jfif": ("JPEG", "MPO"),
+    ".mpo": ("JPEG", "MPO"),
+    ".png": ("PNG",),
+    ".webp": ("WEBP",),
+    ".gif": ("GIF",),
+    ".bmp": ("BMP",),
+    ".tif": ("TIFF",),
+    ".tiff": ("TIFF",),
+    ".ppm": ("PPM",),
+    ".pgm": ("PPM",),
+    ".pbm": ("PPM",),
+    ".pnm": ("PPM",),
+}
+
+
+def formats_of_extension(path: str) -> tuple[str, ...]:
+    """The formats a file name promises; empty where its extension promises nothing."""
+    return _EXTENSIONS.get(Path(path).suffix.lower(), ())
