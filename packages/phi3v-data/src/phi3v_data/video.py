@@ -1,0 +1,242 @@
+"""Video to frames: which ones (pure arithmetic) and how to decode them exactly.
+
+    frame_indices(164, 8)                        # (0, 20, 41, 61, 82, 102, 123, 143)
+    frames = read_frames("clip.avi", 8)          # 8 arrays (height, width, 3), uint8, BGR
+    jpeg = encode_jpeg(frames[0], quality=75)    # the very bytes that PIL writes
+
+**Frames are those of a full sequential decode, always.** Nothing seeks: re-encoded UCF-101 clips
+have one key frame and timestamps that run backwards, and seeking there returns other frames.
+Unwanted frames are decoded but not converted to pixels, by one decoder thread (several cost 1.5 to
+2 times the CPU for clips of this size; processes scale better).
+
+**The number of frames is the number that decode.** A header is a guess: HMDB51 clips claim one
+frame more than they hold, WebM states none. The first pass picks frames by the header's count and
+decodes to the end; where that count proves wrong, a second pass picks by the true one.
+
+**A cut-off file is told by its container, not by that count.** AVI, MP4 and Matroska say how long
+their picture data is; a file that ends before it is `truncated`, however many of its frames decode.
+A file that lost only its index is whole. Other containers declare nothing: what decodes, counts.
+
+**Orientation** flags of phones are applied. A frame whose data is damaged in the middle of a file
+looks as FFmpeg conceals it.
+
+The one module that imports OpenCV.
+"""
+
+import os
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+# Read by OpenCV at import and at every open. Decoder chatter would tear the progress bar, and a
+# file is judged by what decodes. A text file named .avi must not make FFmpeg open what it names
+# (playlists, concat scripts, URLs): containers only, local files only.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+os.environ.setdefault(
+    "OPENCV_FFMPEG_CAPTURE_OPTIONS",
+    "protocol_whitelist;file|format_whitelist;avi,mov,matroska,mpeg,mpegvideo,mpegts,flv,asf,ogg",
+)
+
+import cv2
+
+Frame = npt.NDArray[np.uint8]
+"""(height, width, 3), blue first."""
+
+Short = Literal["repeat", "fewer", "reject"]
+"""What a clip with fewer frames than wanted gives: some frames twice, in order (`repeat`); each of
+its frames once (`fewer`); an error (`reject`)."""
+
+
+class VideoError(ValueError):
+    """A file gives no usable frames.
+
+    Attributes:
+        reason: `unreadable`, `truncated`, `no_frames`, `too_short` or `unencodable`.
+        detail: what was found, in words.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def frame_indices(num_frames_in_clip: int, num_frames: int) -> tuple[int, ...]:
+    """Where to look: `floor(i * N / n)` for i = 0 … n-1, in integers (float ranges drift).
+
+    With N < n the indices repeat, in order.
+    """
+    if num_frames_in_clip < 1 or num_frames < 1:
+        raise ValueError(
+            f"expected at least one frame to pick from and one to pick, "
+            f"got {num_frames_in_clip} and {num_frames}"
+        )
+    return tuple(i * num_frames_in_clip // num_frames for i in range(num_frames))
+
+
+def read_frames(
+    path: str | os.PathLike[str], num_frames: int, *, short: Short = "repeat"
+) -> list[Frame]:
+    """Decode `num_frames` evenly spaced frames of a video file; memory holds only those.
+
+    Args:
+        path: a local video file.
+        num_frames: how many frames to return.
+        short: what to do with a clip that has fewer.
+
+    Raises:
+        VideoError: the file is not a video, is cut off, has no frames, or is too short
+            where `short` is `reject`.
+    """
+    file_path = Path(path).absolute()  # FFmpeg takes the colon of a relative `a:b.avi` for a URL
+    missing = missing_bytes(file_path)
+    if missing:
+        raise VideoError("truncated", f"the file ends {missing:,} bytes before its video data does")
+
+    claimed, count, frames = _decode(file_path, num_frames, short, None)
+    if count == 0:
+        raise VideoError("no_frames", f"no frame decodes (the header claims {claimed})")
+    if count < num_frames and short == "reject":
+        raise VideoError("too_short", f"{count} frames, {num_frames} wanted")
+    wanted = _wanted(count, num_frames, short)
+    if not set(wanted) <= frames.keys():
+        _, recount, frames = _decode(file_path, num_frames, short, count)
+        if recount != count:
+            raise VideoError("unreadable", f"decoded {count} frames, then {recount}")
+    return [frames[index] for index in wanted]
+
+
+def encode_jpeg(frame: Frame, quality: int = 75) -> bytes:
+    """Encode one frame (BGR) as baseline JPEG with 4:2:0 chroma, as PIL does by default."""
+    height, width = frame.shape[:2]
+    if max(height, width) > 65_500:  # the limit of libjpeg
+        raise VideoError("unencodable", f"a frame of {width}x{height} pixels does not fit in JPEG")
+    done, data = cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done, f"imencode refused a frame of shape {frame.shape}"
+    return data.tobytes()
+
+
+def missing_bytes(path: str | os.PathLike[str]) -> int:
+    """How many bytes of its declared picture data a container lacks at the end of the file.
+
+    0 for a whole file and for one that does not say.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(12)
+        if head[:4] == b"RIFF":
+            end = _end_of_avi(file, size)
+        elif head[4:8] == b"ftyp":
+            end = _end_of_mp4(file, size)
+        elif head[:4] == b"\x1a\x45\xdf\xa3":
+            end = _end_of_matroska(file)
+        else:
+            end = 0
+    return max(0, end - size)
+
+
+def _wanted(count: int, num_frames: int, short: Short) -> tuple[int, ...]:
+    if short == "fewer":
+        num_frames = min(count, num_frames)
+    return frame_indices(count, num_frames)
+
+
+def _decode(
+    path: Path, num_frames: int, short: Short, count: int | None
+) -> tuple[int, int, dict[int, Frame]]:
+    """One sequential pass: (frames claimed, frames decoded, the wanted ones by index).
+
+    `count` says how many frames there are; None takes the header's word.
+    """
+    name = os.fsencode(path).decode(errors="replace")
+    capture = cv2.VideoCapture()
+    try:
+        opened = capture.open(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        if not opened:
+            what = "the file is empty" if path.stat().st_size == 0 else "not a video FFmpeg knows"
+            raise VideoError("unreadable", what)
+        capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
+        claimed = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        assumed = claimed if count is None else count
+        wanted = frozenset(_wanted(assumed, num_frames, short)) if assumed > 0 else frozenset[int]()
+        frames: dict[int, Frame] = {}
+        index = 0
+        while capture.grab():
+            if index in wanted:
+                done, frame = capture.retrieve()
+                if not done:
+                    raise VideoError("unreadable", f"frame {index} has no pixels")
+                frames[index] = np.asarray(frame, dtype=np.uint8)
+            index += 1
+    except cv2.error as error:
+        raise VideoError("unreadable", str(error).strip().splitlines()[-1]) from None
+    finally:
+        capture.release()
+    return claimed, index, frames
+
+
+def _end_of_avi(file: BinaryIO, size: int) -> int:
+    """Where the last `movi` list ends; large files have several RIFF chunks in a row."""
+    end = start = 0
+    while start + 12 <= size:
+        file.seek(start)
+        head = file.read(8)
+        length = int.from_bytes(head[4:], "little")
+        if head[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):  # trailing bytes, or never finished
+            break
+        stop = min(start + 8 + length, size)
+        position = start + 12
+        while position + 12 <= stop:
+            file.seek(position)
+            chunk = file.read(12)
+            chunk_length = int.from_bytes(chunk[4:8], "little")
+            if chunk[:4] == b"LIST" and chunk[8:] == b"movi":
+                end = position + 8 + chunk_length if chunk_length != 0xFFFFFFFF else 0
+                break
+            position += 8 + chunk_length + chunk_length % 2
+        start += 8 + length + length % 2
+    return end
+
+
+def _end_of_mp4(file: BinaryIO, size: int) -> int:
+    """Where the last `mdat` box ends."""
+    end = position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:], "big")
+        if length < 8:  # 0: to the end of the file; else not a box
+            break
+        if head[4:8] == b"mdat":
+            end = position + length
+        position += length
+    return end
+
+
+def _end_of_matroska(file: BinaryIO) -> int:
+    """Where the Segment ends; 0 where its size is unknown, as in a live recording."""
+    file.seek(4)
+    header_length = _read_vint(file)
+    if header_length is None:
+        return 0
+    file.seek(header_length, os.SEEK_CUR)
+    if file.read(4) != b"\x18\x53\x80\x67":
+        return 0
+    length = _read_vint(file)
+    return 0 if length is None else file.tell() + length
+
+
+def _read_vint(file: BinaryIO) -> int | None:
+    """An EBML number: as many leading zero bits as bytes follow; all ones means unknown."""
+    first = file.read(1)
+    if not first or first[0] == 0:
+        return None
+    num_more = 8 - first[0].bit_length()
+    mask = (1 << (7 * (num_more + 1))) - 1
+    value = int.from_bytes(first + file.read(num_more), "big") & mask
+    return None if value == mask else value
