@@ -26,6 +26,17 @@ class JsonlError(ValueError):
         self.problem = problem
 
 
+BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def byte_order_mark(first_line: bytes) -> str:
+    """The encoding whose byte order mark the first line of a file starts with; empty if none."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if first_line.startswith(mark):
+            return encoding
+    return ""
+
+
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes without line break) of every line that is not blank."""
     with open(path, "rb") as file:
@@ -48,6 +59,10 @@ def read_samples(
         JsonlError: at the first line that is not a sample.
     """
     for number, line in read_lines(path):
+        encoding = byte_order_mark(line) if number == 1 else ""
+        if encoding:
+            problem = f"the file starts with a {encoding} byte order mark; save it as UTF-8 without"
+            raise JsonlError(path, number, problem)
         try:
             sample = Sample.from_json(line)
         except ValidationError as error:
