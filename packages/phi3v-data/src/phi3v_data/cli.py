@@ -3,17 +3,22 @@
 Imports of the working modules stand inside the commands: `--help` answers at once.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from phi3v_data.convert import ConversionResult
 
-CONTEXT = {
+
+def _underscored(name: str) -> str:
+    """--out_dir and --out-dir are the same option, on every command."""
+    return name.replace("-", "_")
+
+
+CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
-    # --out_dir and --out-dir are the same option, on every command.
-    "token_normalize_func": lambda token: token.replace("-", "_"),  # pyright: ignore
+    "token_normalize_func": _underscored,
     "max_content_width": 100,
 }
 
@@ -68,7 +73,7 @@ def convert_command(
     overwrite: bool,
     list_only: bool,
 ) -> None:
-    r"""Convert a raw data set to images and conversations JSONL.
+    """Convert a raw data set to images and conversations JSONL.
 
     CONVERTER is an installed one (see --list) or your own, module:object, looked for in the current
     folder too. SOURCE is the data set's folder, or a .tar.gz of it.
@@ -89,7 +94,7 @@ def convert_command(
 
     Exit status: 0 done (rejected items are counted), 1 not one sample came out or the machine
     failed, 2 wrong usage, 130 Ctrl-C.
-    """
+    """  # noqa: D301
     import os
     import sys
 
@@ -173,3 +178,307 @@ def _print_conversion(result: "ConversionResult") -> None:
     if any(result.counts.values()):
         first = next(path for split, path in result.files.items() if result.counts[split])
         console.print(Text(f"Next: phi3v-data validate {first}"))
+
+
+FILES = click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False)
+)
+IMAGES = click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False),
+    help="Image root.  [images/ beside each file, else its folder]",
+)
+ALLOW_MISSING_ANSWER = click.option(
+    "--allow_missing_answer", is_flag=True, help="The last turn may lack its answer (test splits)."
+)
+NUM_CROPS = click.option(
+    "--num_crops",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Crops an image the model will use; decides which aspect ratios are too extreme.",
+)
+CHECK_WORKERS = click.option(
+    "--workers", type=click.IntRange(1), help="Threads that decode images.  [one per core]"
+)
+
+
+@main.command("validate")
+@FILES
+@IMAGES
+@click.option("--select", multiple=True, metavar="CODE", help="Run these rules only, by prefix.")
+@click.option("--ignore", multiple=True, metavar="CODE", help="Do not run these, by prefix.")
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+)
+@ALLOW_MISSING_ANSWER
+@NUM_CROPS
+@CHECK_WORKERS
+@click.pass_context
+def validate_command(
+    context: click.Context,
+    files: tuple[str, ...],
+    images: str | None,
+    select: tuple[str, ...],
+    ignore: tuple[str, ...],
+    output_format: str,
+    allow_missing_answer: bool,
+    num_crops: int,
+    workers: int | None,
+) -> None:
+    """Find all that is wrong with conversations files.
+
+    Several FILES are the splits of one data set. Every line is parsed and every distinct image
+    decoded once. `phi3v-data rules` lists what is looked for.
+
+    \b
+      phi3v-data validate train.jsonl val.jsonl
+      phi3v-data validate train.jsonl --images /data/images --ignore I104
+      phi3v-data validate train.jsonl --format json | jq .counts
+
+    \b
+    gives
+      train.jsonl:17: error I101 image 'val/a.jpg' does not exist
+          at /conversations/0/images/0 of sample 'val-0000000003'
+          help: the image root is images
+
+    --select and --ignore take codes or their beginnings, also separated by commas.
+
+    Exit status: 0 no errors (warnings are counted), 1 errors, 2 wrong usage.
+    """  # noqa: D301
+    from phi3v_data.report import print_text, progress_bar, to_json
+    from phi3v_data.validate import validate
+
+    _silence_pillow()
+    try:
+        with progress_bar("validating") as progress:
+            report = validate(
+                files,
+                images=images,
+                select=_codes(select),
+                ignore=_codes(ignore),
+                allow_missing_answer=allow_missing_answer,
+                num_crops=num_crops,
+                num_workers=workers,
+                progress=progress,
+            )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        context.exit(130)
+    if output_format == "json":
+        click.echo(to_json(report))
+    else:
+        print_text(report)
+    context.exit(report.exit_status)
+
+
+@main.command("shard")
+@FILES
+@click.option(
+    "--out_dir",
+    required=True,
+    type=click.Path(),
+    help="The directory to make, whole or not at all.",
+)
+@IMAGES
+@click.option(
+    "--shard_size",
+    default="128MiB",
+    show_default=True,
+    help="Begin a new file at this size: bytes, or with kB, MB, GB, KiB, MiB, GiB.",
+)
+@click.option(
+    "--drop_invalid",
+    is_flag=True,
+    help="Leave out samples with errors, and list them in rejected.jsonl.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a shard directory made from other input.")
+@ALLOW_MISSING_ANSWER
+@NUM_CROPS
+@CHECK_WORKERS
+@click.pass_context
+def shard_command(
+    context: click.Context,
+    files: tuple[str, ...],
+    out_dir: str,
+    images: str | None,
+    shard_size: str,
+    drop_invalid: bool,
+    overwrite: bool,
+    allow_missing_answer: bool,
+    num_crops: int,
+    workers: int | None,
+) -> None:
+    """Validate conversations files and write them as Parquet shards for training.
+
+    All FILES go into one directory, in this order: give each split its own. If any sample has an
+    error nothing is written, unless --drop_invalid.
+
+    \b
+      phi3v-data shard train.jsonl --out_dir shards/train
+
+    \b
+    gives
+      shards/train/shard-00000.parquet ...   ordinary Parquet, images included
+      shards/train/index.arrow               text, sizes and place of every image
+      shards/train/manifest.json             counts, hashes, the rules that ran
+      shards/train/rejected.jsonl            with --drop_invalid, where something was dropped
+
+    The same command again finds the directory up to date and leaves it alone.
+
+    Exit status: 0 written or up to date, 1 samples have errors or writing failed, 2 wrong usage.
+    """  # noqa: D301
+    from phi3v_data.report import print_text, progress_bar
+    from phi3v_data.shards import write_shards
+
+    _silence_pillow()
+    try:
+        with progress_bar("sharding") as progress:
+            result = write_shards(
+                files,
+                out_dir,
+                images=images,
+                shard_bytes=_parse_size("--shard_size", shard_size),
+                drop_invalid=drop_invalid,
+                overwrite=overwrite,
+                allow_missing_answer=allow_missing_answer,
+                num_crops=num_crops,
+                num_workers=workers,
+                progress=progress,
+            )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error}; nothing was written") from error
+    except KeyboardInterrupt:
+        click.echo("interrupted; nothing was written", err=True)
+        context.exit(130)
+    manifest = result.manifest
+    if not result.is_up_to_date and result.report.diagnostics:
+        print_text(result.report)
+    if manifest is None:
+        remedy = "repair them, or leave them out with --drop_invalid"
+        if drop_invalid:
+            remedy = "no sample is valid"
+        click.echo(f"Nothing was written: {remedy}.", err=True)
+        context.exit(1)
+    if result.is_up_to_date:
+        click.echo(f"{out_dir} is up to date: same input, same settings")
+    click.echo(
+        f"{manifest.num_samples:,} samples, {manifest.num_images:,} images "
+        f"({_size(manifest.image_bytes)}) in {len(manifest.shards):,} "
+        f"shard{'' if len(manifest.shards) == 1 else 's'} "
+        f"({_size(sum(shard.num_bytes for shard in manifest.shards))}): {out_dir}"
+    )
+    if manifest.num_dropped:
+        click.echo(f"{manifest.num_dropped:,} dropped, listed in {out_dir}/rejected.jsonl")
+
+
+@main.command("verify")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False))
+@click.pass_context
+def verify_command(context: click.Context, directory: str) -> None:
+    """Read a shard directory back and compare it with its hashes.
+
+    Every file, every sample's text and every image is looked at; what is damaged is named, down to
+    the sample.
+
+    \b
+      phi3v-data verify shards/train
+
+    Exit status: 0 all is well, 1 damaged or not a shard directory, 2 wrong usage.
+    """  # noqa: D301
+    from phi3v_data.report import printable
+    from phi3v_data.shards import ShardError, open_shards, verify_shards
+
+    try:
+        findings = verify_shards(directory)
+        manifest = None if findings else open_shards(directory).manifest
+    except ShardError as error:
+        raise click.ClickException(str(error)) from error
+    if manifest is None:
+        for finding in findings:
+            click.echo(printable(f"{directory}/{finding.file}: {finding.problem}"))
+        click.echo(f"{len(findings)} problem{'' if len(findings) == 1 else 's'}; write it again")
+        context.exit(1)
+    click.echo(
+        f"{directory}: {manifest.num_samples:,} samples, {manifest.num_images:,} images in "
+        f"{len(manifest.shards):,} files, all as written"
+    )
+
+
+@main.command("rules")
+@click.argument("code", required=False)
+def rules_command(code: str | None) -> None:
+    """List the rules of `validate`, or explain one.
+
+    \b
+      phi3v-data rules
+      phi3v-data rules I101
+    """  # noqa: D301
+    from phi3v_data.rules import RULES, select_rules
+
+    if code is None:
+        for rule in RULES:
+            click.echo(f"{rule.code}  {rule.severity:<8} {rule.summary}")
+        return
+    try:
+        rules = select_rules((code.upper(),))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for rule in rules:
+        click.echo(f"{rule.code} {rule.name} ({rule.severity})\n\n{rule.documentation}\n")
+
+
+@main.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of a line of a conversations file.
+
+    \b
+      phi3v-data schema > sample.schema.json
+    """  # noqa: D301
+    import json
+
+    from phi3v_data.schema import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+def _codes(values: tuple[str, ...]) -> list[str]:
+    """`("I,T101", "P")` -> `["I", "T101", "P"]`."""
+    return [code.strip() for value in values for code in value.split(",")]
+
+
+def _parse_size(option: str, text: str) -> int:
+    """`128MiB` -> 134217728."""
+    import re
+
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    if not match or match[2] not in units or float(match[1]) * units[match[2]] < 1:
+        raise click.UsageError(f"{option}: expected a size such as 128MiB, got {text!r}")
+    return int(float(match[1]) * units[match[2]])
+
+
+def _size(num_bytes: int) -> str:
+    """134217728 -> `128.0 MiB`."""
+    value, unit = float(num_bytes), "bytes"
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{num_bytes} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def _silence_pillow() -> None:
+    """What Pillow has to say about a file becomes a finding; its warnings would only repeat it."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")

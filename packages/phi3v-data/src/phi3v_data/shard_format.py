@@ -190,9 +190,12 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     if checksum != _checksum(fields):
         raise ShardError(f"{path}: damaged or edited: its checksum does not match")
     try:
-        return Manifest.model_validate_json(raw)
+        manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
         raise ShardError(f"{path}: not as expected: {error.errors()[0]['msg']}") from None
+    if manifest.to_json().encode() != raw:
+        raise ShardError(f"{path}: damaged or edited: not laid out as it was written")
+    return manifest
 
 
 def _checksum(content: dict[str, Any]) -> str:
