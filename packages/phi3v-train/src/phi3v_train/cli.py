@@ -1,0 +1,225 @@
+"""`phi3v-train`: parse, call, print, exit status. Everything else is in the modules it calls.
+
+Imports of the working modules stand inside the commands: `--help` answers at once, and a
+configuration error shows before torch or transformers are loaded.
+
+Exit status: 0 done; 1 it can't be done, one line says why; 2 the command line is wrong.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import click
+
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    # --out_dir and --out-dir are the same option, on every command.
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "max_content_width": 100,
+}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Show a caller's mistake as `Error: …`; anything else is our bug and keeps its traceback."""
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except ValueError as error:
+            if click.get_current_context().find_root().params["traceback"]:
+                raise
+            raise click.ClickException(" ".join(str(error).split())) from error
+
+    return guarded
+
+
+@click.group(context_settings=CONTEXT)
+@click.option("--traceback", is_flag=True, help="Show where in the program an error arose.")
+@click.version_option(package_name="phi3v-train")
+def main(traceback: bool) -> None:
+    """Fine-tune Phi-3.5-vision on images and video, and evaluate the result.
+
+    \b
+    A first run, without a download:
+      phi3v-train init tiny models/tiny
+      phi3v-train launch model=models/tiny output_dir=runs/first data.train=shards/train
+      phi3v-train eval --model runs/first/model --data shards/val
+
+    Shards are made by phi3v-data.
+    """  # noqa: D301
+
+
+@main.group()
+def init() -> None:
+    """Make a model folder to start from."""
+
+
+@init.command("tiny")
+@click.argument("out_dir", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+@_one_line_errors
+def init_tiny_command(out_dir: Path, seed: int) -> None:
+    """Write a tiny random Phi-3.5-vision to the new folder OUT.
+
+    It has the shape of the real model (CLIP tower, projector, decoder, tokenizer with the same
+    special tokens) in about 300,000 parameters, and knows nothing: for demos and tests on a
+    CPU. OUT is an ordinary Hugging Face folder.
+
+    \b
+      phi3v-train init tiny models/tiny
+    """  # noqa: D301
+    from phi3v_train.tiny import init_tiny
+
+    model = init_tiny(out_dir, seed=seed)
+    click.echo(
+        f"{model.path}: tiny Phi-3.5-vision, {model.num_parameters:,} parameters, "
+        f"{model.vocab_size} tokens"
+    )
+
+
+@main.command("launch")
+@click.argument("arguments", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
+@click.option("--nproc", type=click.IntRange(1), help="Processes, one per device.  [default: 1]")
+@click.option("--resume", is_flag=True, help="Go on from the latest checkpoint in output_dir.")
+@click.option("--eval_before", is_flag=True, help="The same as eval.before=true.")
+@click.option("--dry_run", is_flag=True, help="Show what would run, and run nothing.")
+@_one_line_errors
+def launch_command(
+    arguments: tuple[str, ...],
+    nproc: int | None,
+    resume: bool,
+    eval_before: bool,
+    dry_run: bool,
+) -> None:
+    """Train as the YAML file CONFIG says, or by its defaults.
+
+    KEY=VALUE sets a value on top of the file; `model`, `output_dir` and `data.train` must be set
+    in one of the two. Relative paths are relative to the current folder.
+
+    \b
+      phi3v-train launch ucf101.yaml
+      phi3v-train launch ucf101.yaml optim.learning_rate=1e-5 method.name=lora
+      phi3v-train launch ucf101.yaml --nproc 8        # one process per GPU
+      phi3v-train launch ucf101.yaml --dry_run        # resolved config, rows, steps, parameters
+      phi3v-train launch ucf101.yaml --resume         # after an interrupt
+
+    Checkpoints, the log, eval_before.json and eval_after.json, and the trained model go to
+    output_dir. Ctrl-C or SIGTERM finishes the step and saves a checkpoint first.
+
+    \b
+    Keys that matter most:
+      method.name                full | lora
+      method.freeze              [vision, projector, llm]
+      data.eval                  shard directory to evaluate on
+      data.num_crops             crops an image is cut into: 4 for video, 16 for documents
+      data.max_tokens_per_row    lower it when memory runs out
+      optim.learning_rate        4e-5
+      train.num_epochs           1
+      train.global_batch_size    16 samples a step, over all devices
+      checkpoint.every_steps     none: only at the end
+    """  # noqa: D301
+    config_path, overrides = _split_arguments(arguments)
+    if eval_before:
+        overrides = (*overrides, "eval.before=true")
+    if dry_run:
+        _show_dry_run(config_path, overrides, nproc)
+        return
+
+    from phi3v_train.launch import launch
+
+    result = launch(config_path, overrides, nproc=nproc, resume=resume)
+    if isinstance(result, int):
+        sys.exit(result)
+
+
+def _split_arguments(arguments: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """The configuration file, if the first argument is one, and the overrides."""
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def _show_dry_run(config_path: str | None, overrides: tuple[str, ...], nproc: int | None) -> None:
+    import os
+
+    from phi3v_train.config import dump_config, load_config
+    from phi3v_train.launch import check_nproc
+
+    config = load_config(config_path, overrides)
+    world_size = check_nproc(config, nproc, os.environ) or 1
+    click.echo(dump_config(config))
+
+    from phi3v_train.trainer import describe
+
+    click.echo(describe(config, world_size=world_size))
+
+
+@main.command("eval")
+@click.option(
+    "--model", required=True, type=click.Path(path_type=Path), help="Hugging Face model folder."
+)
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="Shard directory with answers."
+)
+@click.option("--adapter", type=click.Path(path_type=Path), help="LoRA adapter folder to put on.")
+@click.option(
+    "--out_dir", type=click.Path(path_type=Path), help="Where predictions.jsonl and eval.json go."
+)
+@click.option(
+    "--num_crops",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Crops an image is cut into; use what the model was trained with.",
+)
+@click.option(
+    "--max_new_tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Longest answer, in tokens.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Only the first LIMIT samples.")
+@_one_line_errors
+def eval_command(
+    model: Path,
+    data: Path,
+    adapter: Path | None,
+    out_dir: Path | None,
+    num_crops: int,
+    max_new_tokens: int,
+    limit: int | None,
+) -> None:
+    """Answer the questions of a shard directory and score the answers.
+
+    Answers are generated greedily, and compared after outer white space and full stops are off,
+    in lower case. Prints the accuracy; with --out_dir every prediction is kept too.
+
+    \b
+      phi3v-train eval --model runs/first/model --data shards/val --num_crops 4
+      phi3v-train eval --model models/phi-3.5-vision --adapter runs/lora/adapter \\
+          --data shards/val --out_dir runs/lora/eval
+    """  # noqa: D301
+    from phi3v_train.evaluate import evaluate_model
+
+    result = evaluate_model(
+        model,
+        data,
+        adapter=adapter,
+        out_dir=out_dir,
+        num_crops=num_crops,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+    )
+    click.echo(result)
+
+
+if __name__ == "__main__":
+    main()

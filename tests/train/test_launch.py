@@ -1,0 +1,127 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from phi3v_train.config import ConfigError, load_config
+from phi3v_train.launch import (
+    check_nproc,
+    launch,
+    run_forwarding_signals,
+    torchrun_command,
+    under_torchrun,
+    worker_environment,
+)
+
+REQUIRED = ("model=m", "output_dir=o", "data.train=d")
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+
+
+@pytest.fixture
+def config():
+    return load_config(None, REQUIRED)
+
+
+def test_one_process_trains_here(config):
+    assert check_nproc(config, None, {}) is None
+    assert check_nproc(config, 1, {}) is None
+    assert check_nproc(config, None, TORCHRUN) is None
+
+
+def test_more_processes_are_started_with_torchrun(config):
+    assert check_nproc(config, 2, {}) == 2
+    command = torchrun_command(2, "a.yaml", ["seed=1", "optim.betas=[0.9, 0.99]"], resume=True)
+    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert "--nproc_per_node=2" in command
+    assert command[-8:] == [
+        "-m", "phi3v_train.cli", "launch", "--resume", "--",
+        "a.yaml", "seed=1", "optim.betas=[0.9, 0.99]",
+    ]  # fmt: skip
+
+
+def test_without_a_file_only_the_overrides_are_passed_on():
+    assert torchrun_command(2, None, ["a=1"], resume=False)[-3:] == ["launch", "--", "a=1"]
+
+
+def test_nproc_under_torchrun_is_refused(config):
+    assert under_torchrun(TORCHRUN)
+    assert not under_torchrun({"RANK": "0"})
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2\); leave --nproc out"):
+        check_nproc(config, 4, TORCHRUN)
+
+
+def test_more_processes_than_samples_in_a_step_are_refused(config):
+    with pytest.raises(ConfigError, match=r"raise train\.global_batch_size to at least 17"):
+        check_nproc(config, 17, {})
+
+
+def test_a_wrong_configuration_is_refused_before_anything_starts():
+    with pytest.raises(ConfigError, match="missing key 'data'"):
+        launch(None, ["model=m", "output_dir=o"], nproc=2)
+
+
+def test_processes_share_the_cores_unless_told_otherwise():
+    cores = len(os.sched_getaffinity(0))
+    assert worker_environment({}, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert worker_environment({}, 10_000)["OMP_NUM_THREADS"] == "1"
+    assert worker_environment({"OMP_NUM_THREADS": "3"}, 1)["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize("status", [0, 1, 3])
+def test_the_exit_status_is_passed_through(status):
+    command = [sys.executable, "-c", f"raise SystemExit({status})"]
+    assert run_forwarding_signals(command, os.environ) == status
+
+
+def test_a_command_killed_by_a_signal_ends_as_in_a_shell():
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    assert run_forwarding_signals(command, os.environ) == 128 + 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_command_which_may_finish_its_work(tmp_path, number):
+    ready, done = tmp_path / "ready", tmp_path / "done"
+    child = (
+        "import pathlib, signal\n"
+        f"signal.pthread_sigmask(signal.SIG_BLOCK, [{int(number)}])\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        f"got = signal.sigwait([{int(number)}])\n"
+        f"pathlib.Path({str(done)!r}).write_text(str(int(got)))\n"
+    )
+
+    def interrupt():
+        while not ready.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    before = signal.getsignal(number)
+    status = run_forwarding_signals([sys.executable, "-c", child], os.environ)
+    thread.join()
+    assert status == 128 + number
+    assert done.read_text() == str(int(number))
+    assert signal.getsignal(number) is before
+
+
+def test_checking_a_configuration_loads_neither_torch_nor_transformers():
+    program = (
+        "import sys\n"
+        "from phi3v_train.config import ConfigError\n"
+        "from phi3v_train.launch import launch\n"
+        "try:\n"
+        "    launch(None, ['modl=m'])\n"
+        "except ConfigError as error:\n"
+        "    print(error)\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & sys.modules.keys()))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines() == [
+        "unknown key 'modl' in override 'modl=m'; did you mean 'model'?",
+        "[]",
+    ]
