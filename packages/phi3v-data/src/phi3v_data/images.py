@@ -83,9 +83,17 @@ def decode_image(data: bytes | memoryview) -> "Image.Image":
         ImageError: the bytes are not an image, are truncated or damaged, hold more than
             `MAX_PIXELS`, or have 32-bit pixels.
     """
+    return upright_rgb(_open(io.BytesIO(data)))
+
+
+def upright_rgb(image: "Image.Image") -> "Image.Image":
+    """The picture of an opened image: its first frame, upright, RGB; see the module docstring.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
     from PIL import Image
 
-    image = _open(io.BytesIO(data))
     try:
         # Before anything else: on a damaged PNG `getexif()` fails inside its own hidden load, and
         # the next `load()` then succeeds with half a picture.

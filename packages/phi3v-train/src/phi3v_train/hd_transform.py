@@ -1,0 +1,123 @@
+"""An image of any shape to crops of 336 x 336, as Phi-3.5-vision cuts it.
+
+    640 x 480, num_crops=4   ->  resized to 672 x 504, padded with white to 672 x 672
+                             ->  crops (2, 2): four uint8 tiles, row by row
+                             ->  (2*2 + 1) * 144 + 1 + (2 + 1) * 12 = 757 image tokens
+
+Arithmetic first (pure, from sizes alone), pixels after it. The float views of the published
+processor, normalised and with the global view in front, are made from the uint8 tiles by
+`phi3v_train.modeling_phi3_v.normalize_views`, on whatever device the model is.
+
+Source: the rule is the published image processor's, restated from its recorded results.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+CROP = 336
+"""Side of a crop in pixels: the vision tower's input."""
+
+TOKENS_PER_CROP_SIDE = 12
+"""A crop is 24 x 24 patches, merged 2 x 2: 12 x 12 tokens."""
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP, in RGB order, for pixel values in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class HDLayout:
+    """Where an image goes on its canvas of whole crops; all sizes in pixels, (height, width)."""
+
+    resized_hw: tuple[int, int]
+    """The image after resizing, before padding."""
+    top_left: tuple[int, int]
+    """Rows of white above and columns of white to the left of it."""
+    grid: tuple[int, int]
+    """(rows, columns) of local crops; the canvas is `CROP` times that."""
+
+    @property
+    def canvas_hw(self) -> tuple[int, int]:
+        """(height, width) of the padded image: what the published code calls `image_sizes`."""
+        return self.grid[0] * CROP, self.grid[1] * CROP
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens: the crops and the global view, their row ends, and one separator."""
+        return num_image_tokens(*self.grid)
+
+
+def num_image_tokens(rows: int, columns: int) -> int:
+    """How many tokens an image of `rows` x `columns` local crops takes in the prompt."""
+    side = TOKENS_PER_CROP_SIDE
+    return (rows * columns + 1) * side * side + 1 + (rows + 1) * side
+
+
+def hd_layout(width: int, height: int, num_crops: int) -> HDLayout:
+    """Place an image of `width` x `height` pixels on a canvas of at most `num_crops` crops.
+
+    Raises:
+        ValueError: a size below 1, or a shape so long that its short side would round to nothing.
+    """
+    if width < 1 or height < 1 or num_crops < 1:
+        raise ValueError(
+            f"an image has at least 1 x 1 pixels and 1 crop, got {width} x {height} "
+            f"and num_crops={num_crops}"
+        )
+    long_side, short_side = max(width, height), min(width, height)
+    # Float division, as the published processor does it: the quotient can fall one below the
+    # exact value (21 x 19), and its results are what the model was trained on.
+    ratio = long_side / short_side
+    scale = 1
+    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
+        scale += 1
+    long_new = CROP * scale
+    short_new = int(long_new / ratio)
+    if short_new < 1:
+        raise ValueError(
+            f"an image of {width} x {height} pixels is too long and thin for "
+            f"num_crops={num_crops}: its short side would shrink to nothing; crop it, or use more "
+            "crops"
+        )
+    short_crops = math.ceil(short_new / CROP)
+    offset = (short_crops * CROP - short_new) // 2
+    if width >= height:
+        return HDLayout((short_new, long_new), (offset, 0), (short_crops, scale))
+    return HDLayout((long_new, short_new), (0, offset), (scale, short_crops))
+
+
+def hd_image(image: Image.Image, num_crops: int) -> NDArray[np.uint8]:
+    """Resize and pad an RGB image to its canvas.
+
+    Returns:
+        uint8 (height, width, 3), both multiples of 336; equal to the published processor's, bit
+        for bit.
+
+    Raises:
+        ValueError: see `hd_layout`; or the image is not RGB.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"expected an RGB image, got mode {image.mode}; use decode_image first")
+    layout = hd_layout(image.width, image.height, num_crops)
+    height, width = layout.resized_hw
+    if image.height > image.width:
+        # The published code transposes a portrait, resizes it and transposes it back. Pillow
+        # rounds to uint8 between its two passes, so the order of the passes matters: height
+        # first, then width, in two calls, gives the same bits without the transpositions.
+        image = image.resize((image.width, height), Image.Resampling.BILINEAR)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    canvas = np.full((*layout.canvas_hw, 3), 255, dtype=np.uint8)
+    top, left = layout.top_left
+    canvas[top : top + height, left : left + width] = np.asarray(resized)
+    return canvas
+
+
+def cut_crops(canvas: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Cut a canvas (H, W, 3) into its crops, row by row: uint8 (rows * columns, 3, 336, 336)."""
+    rows, columns = canvas.shape[0] // CROP, canvas.shape[1] // CROP
+    tiles = canvas.reshape(rows, CROP, columns, CROP, 3).transpose(0, 2, 4, 1, 3)
+    return np.ascontiguousarray(tiles).reshape(rows * columns, 3, CROP, CROP)
