@@ -10,7 +10,9 @@ Each name is imported from its module when first used, so that `import phi3v_dat
 OpenCV nor pyarrow.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,6 +67,20 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+class _Package(ModuleType):
+    """Keeps `phi3v_data.convert` the function, whatever is imported.
+
+    After the import of a submodule Python binds the module to its name in the package.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

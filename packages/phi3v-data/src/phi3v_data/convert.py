@@ -570,19 +570,28 @@ def _run(
     while waiting:
         lost: list[Item] = []
         yield from _run_pool(converter, waiting, out_dir, min(num_workers, len(waiting)), lost)
-        # A process died and took the pool along. One of these killed it: alone, each shows itself.
-        for item in lost:
-            again: list[Item] = []
-            yield from _run_pool(converter, deque([item]), out_dir, 1, again)
-            if again:
+        # A process died and took the pool along. One of these killed it: one by one, it shows.
+        suspects = deque(lost)
+        while suspects:
+            culprits: list[Item] = []
+            yield from _run_pool(converter, suspects, out_dir, 1, culprits, window=1)
+            for item in culprits:
                 detail = "the process that converted it died (a crash of the decoder, or memory)"
                 yield _Outcome(item.index, (), (("worker_died", detail),))
 
 
 def _run_pool(
-    converter: Converter, waiting: deque[Item], out_dir: Path, num_workers: int, lost: list[Item]
+    converter: Converter,
+    waiting: deque[Item],
+    out_dir: Path,
+    num_workers: int,
+    lost: list[Item],
+    window: int = 4,
 ) -> Iterator[_Outcome]:
-    """Work off `waiting` in one pool; if it breaks, put the items under way into `lost`."""
+    """Work off `waiting` in one pool; if it breaks, put the items under way into `lost`.
+
+    At most `window` items a worker are under way: enough to keep all busy, few to hold or lose.
+    """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         num_workers,
@@ -596,7 +605,7 @@ def _run_pool(
     try:
         _start_workers(pool, num_workers)
         while waiting or running:
-            while waiting and len(running) < 4 * num_workers:  # bounded: results are small
+            while waiting and len(running) < window * num_workers:
                 running[pool.submit(_work, waiting[0])] = waiting[0]
                 waiting.popleft()
             for future in wait(running, return_when=FIRST_COMPLETED).done:

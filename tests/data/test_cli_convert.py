@@ -1,0 +1,132 @@
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from phi3v_data.cli import main
+from phi3v_data.jsonl import read_samples
+
+from tests.data.clips import truncate, write_clip
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, ["convert", *map(str, args)])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    for name in ("train/Archery/a.avi", "train/Biking/b.avi", "val/Archery/c.avi"):
+        write_clip(tmp_path / "src" / name)
+    return tmp_path / "src"
+
+
+def test_convert_prints_a_summary_and_the_next_command(source: Path, tmp_path: Path) -> None:
+    result = run("ucf101", source, "--out_dir", tmp_path / "out", "--workers", 1)
+    assert result.exit_code == 0, result.output
+    assert "3 items" in result.output
+    assert "ucf101_train.jsonl" in result.output
+    assert f"Next: phi3v-data validate {tmp_path / 'out' / 'ucf101_train.jsonl'}" in result.output
+    assert len(next(read_samples(tmp_path / "out/ucf101_train.jsonl")).images) == 8
+
+
+def test_both_spellings_of_options_work(source: Path, tmp_path: Path) -> None:
+    result = run("ucf101", source, "--out-dir", tmp_path / "out", "--num-frames", 3, "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert len(next(read_samples(tmp_path / "out/ucf101_val.jsonl")).images) == 3
+
+
+def test_settings_reach_the_converter(source: Path, tmp_path: Path) -> None:
+    options = ("--quality", 50, "--short", "reject", "--set", "num_frames=2", "--limit", 1)
+    result = run("ucf101", source, "--out_dir", tmp_path / "out", "--workers", 0, *options)
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["run"]["settings"] == {"num_frames": 2, "quality": 50, "short": "reject"}
+    assert manifest["run"]["limit"] == 1
+
+
+def test_rejected_clips_are_counted_by_reason_and_the_rest_goes_on(
+    source: Path, tmp_path: Path
+) -> None:
+    truncate(source / "train/Archery/a.avi", 0.5)
+    (source / "train/Biking/b.avi").write_bytes(b"")
+    result = run("ucf101", source, "--out_dir", tmp_path / "out", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert "truncated" in result.output
+    assert "unreadable" in result.output
+    assert "rejected.jsonl" in result.output
+    assert len(list(read_samples(tmp_path / "out/ucf101_val.jsonl"))) == 1
+
+
+def test_not_one_sample_is_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "src/train/A").mkdir(parents=True)
+    (tmp_path / "src/train/A/a.avi").write_bytes(b"junk")
+    result = run("ucf101", tmp_path / "src", "--out_dir", tmp_path / "out", "--workers", 0)
+    assert result.exit_code == 1
+    assert "Next:" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("ucf101", "nowhere", "--out_dir", "out"), "source not found: nowhere"),
+        (("ucf101", "src/val", "--out_dir", "out"), "no videos found in src/val"),
+        (("ufc101", "src", "--out_dir", "out"), "Did you mean 'ucf101'?"),
+        (("no_module:X", "src", "--out_dir", "out"), "expected module:object"),
+        (("ucf101", "src", "--out_dir", "out", "--set", "fold=1"), "has no option fold"),
+        (("ucf101", "src", "--out_dir", "out", "--num_frames", "0"), "expected 1 to 1000, got 0"),
+        (("ucf101", "src", "--out_dir", "out", "--quality", "101"), "expected 1 to 100, got 101"),
+    ],
+)
+def test_a_bad_input_gets_one_line_and_writes_nothing(
+    source: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(source.parent)
+    result = run(*args)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
+    assert [path.name for path in source.parent.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "missing CONVERTER"),
+        (("ucf101",), "missing SOURCE"),
+        (("ucf101", "src"), "missing --out_dir"),
+        (("ucf101", "src", "--out_dir", "out", "--set", "fold"), "expected NAME=VALUE, got 'fold'"),
+        (("ucf101", "src", "--out_dir", "out", "--fold", "1"), "No such option"),
+    ],
+)
+def test_wrong_usage_says_what_is_wrong(args: tuple[str, ...], message: str) -> None:
+    result = run(*args)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_other_settings_need_overwrite(source: Path, tmp_path: Path) -> None:
+    args = ("ucf101", source, "--out_dir", tmp_path / "out", "--workers", 0, "--num_frames")
+    assert run(*args, 2).exit_code == 0
+    refused = run(*args, 3)
+    assert refused.exit_code == 2
+    assert "num_frames was 2, now 3" in refused.output
+    assert run(*args, 3, "--overwrite").exit_code == 0
+    assert len(list((tmp_path / "out/images").rglob("*.jpg"))) == 9
+
+
+def test_running_it_again_says_that_it_is_done(source: Path, tmp_path: Path) -> None:
+    args = ("ucf101", source, "--out_dir", tmp_path / "out", "--workers", 0)
+    run(*args)
+    assert "3 items were finished by an earlier run" in run(*args).output
+
+
+def test_installed_converters_are_listed() -> None:
+    result = run("--list")
+    assert result.exit_code == 0
+    assert "ucf101\tphi3v_data.converters.ucf101:Ucf101" in result.output
+
+
+def test_help_shows_an_example_and_what_comes_out() -> None:
+    output = run("--help").output
+    assert "phi3v-data convert ucf101 UCF101_subset --out_dir converted" in output
+    assert "rejected.jsonl" in output

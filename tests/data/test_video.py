@@ -1,0 +1,187 @@
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from phi3v_data import video
+from phi3v_data.video import VideoError, encode_jpeg, frame_indices, missing_bytes, read_frames
+from PIL import Image
+
+from tests.data.clips import decode_all, truncate, write_clip
+
+TESTDATA = Path(__file__).resolve().parents[3] / "shared" / "testdata"
+
+
+def set_header_frames(path: Path, count: int) -> None:
+    """Overwrite both frame counts of an AVI header."""
+    content = bytearray(path.read_bytes())
+    main, stream = content.index(b"avih"), content.index(b"strh")
+    content[main + 24 : main + 28] = count.to_bytes(4, "little")
+    content[stream + 40 : stream + 44] = count.to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+def assert_same(frames: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    assert len(frames) == len(expected)
+    for frame, other in zip(frames, expected, strict=True):
+        np.testing.assert_array_equal(frame, other)
+
+
+def test_frame_indices_are_the_floor_of_i_times_n_over_count() -> None:
+    assert frame_indices(164, 8) == (0, 20, 41, 61, 82, 102, 123, 143)
+    assert frame_indices(8, 8) == tuple(range(8))
+
+
+def test_frame_indices_always_are_as_many_as_asked_for_and_in_range() -> None:
+    for count in range(1, 400):
+        for wanted in (1, 3, 7, 8, 16):
+            indices = frame_indices(count, wanted)
+            assert len(indices) == wanted
+            assert list(indices) == sorted(indices)
+            assert indices[0] == 0
+            assert indices[-1] < count
+
+
+def test_frame_indices_repeat_where_the_clip_is_short() -> None:
+    assert frame_indices(3, 8) == (0, 0, 0, 1, 1, 1, 2, 2)
+
+
+def test_frame_indices_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 0 and 8"):
+        frame_indices(0, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "fourcc"), [("a.avi", "XVID"), ("a.avi", "MJPG"), ("a.mp4", "mp4v")]
+)
+def test_frames_equal_those_of_a_full_decode(tmp_path: Path, name: str, fourcc: str) -> None:
+    path = write_clip(tmp_path / name, 30, fourcc=fourcc)
+    every = decode_all(path)
+    assert len(every) == 30
+    assert_same(read_frames(path, 8), [every[i] for i in frame_indices(30, 8)])
+
+
+@pytest.mark.parametrize("claimed", [0, 1, 5, 29, 31, 300])
+def test_a_header_with_a_wrong_frame_count_changes_nothing(tmp_path: Path, claimed: int) -> None:
+    path = write_clip(tmp_path / "a.avi", 30)
+    every = decode_all(path)
+    set_header_frames(path, claimed)
+    assert_same(read_frames(path, 8), [every[i] for i in frame_indices(30, 8)])
+
+
+def test_short_clips_repeat_give_fewer_or_are_refused(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.avi", 3)
+    every = decode_all(path)
+    assert_same(read_frames(path, 8), [every[i] for i in (0, 0, 0, 1, 1, 1, 2, 2)])
+    assert_same(read_frames(path, 8, short="fewer"), every)
+    with pytest.raises(VideoError, match="too_short: 3 frames, 8 wanted"):
+        read_frames(path, 8, short="reject")
+
+
+@pytest.mark.parametrize("fraction", [0.95, 0.5, 0.2])
+@pytest.mark.parametrize("name", ["a.avi", "a.mp4"])
+def test_a_cut_off_file_is_truncated_or_unreadable(
+    tmp_path: Path, name: str, fraction: float
+) -> None:
+    path = write_clip(tmp_path / name, 60, fourcc="XVID" if name == "a.avi" else "mp4v")
+    with pytest.raises(VideoError) as caught:
+        read_frames(truncate(path, fraction), 8)
+    assert caught.value.reason in ("truncated", "unreadable")
+
+
+def test_an_avi_that_lost_only_its_index_is_whole(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.avi", 30)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"idx1")])
+    assert missing_bytes(path) == 0
+    assert len(read_frames(path, 8)) == 8
+
+
+def test_an_avi_that_was_never_finished_gives_what_decodes(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.avi", 30)
+    content = bytearray(path.read_bytes())
+    content[4:8] = bytes(4)
+    path.write_bytes(content)
+    assert missing_bytes(path) == 0
+
+
+def test_a_matroska_segment_says_how_long_it_is(tmp_path: Path) -> None:
+    header = b"\x1a\x45\xdf\xa3\x84head" + b"\x18\x53\x80\x67"
+    cases = {b"\x8a" + b"0123456789": 0, b"\x8a" + b"0123": 6, b"\xff" + b"0123": 0}
+    for body, missing in cases.items():
+        path = tmp_path / "a.webm"
+        path.write_bytes(header + body)
+        assert missing_bytes(path) == missing
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no video", b"RIFF", b"RIFF\0\0\0\0AVI ", b"\x1a\x45\xdf\xa3", b"\0\0\0\x08ftyp"],
+)
+def test_a_file_that_is_no_video_is_unreadable(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.avi").write_bytes(content)
+    with pytest.raises(VideoError, match="unreadable"):
+        read_frames(tmp_path / "a.avi", 8)
+
+
+def test_a_script_that_names_other_files_is_not_a_video(tmp_path: Path) -> None:
+    write_clip(tmp_path / "real.avi")
+    (tmp_path / "a.avi").write_text("ffconcat version 1.0\nfile 'real.avi'\n")
+    with pytest.raises(VideoError, match="unreadable"):
+        read_frames(tmp_path / "a.avi", 8)
+
+
+def test_a_colon_in_a_relative_name_is_no_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_clip(tmp_path / "a.avi").rename(tmp_path / "take:2.avi")
+    monkeypatch.chdir(tmp_path)
+    assert len(read_frames("take:2.avi", 4)) == 4
+
+
+def test_jpegs_are_the_bytes_pil_writes(tmp_path: Path) -> None:
+    frame = read_frames(write_clip(tmp_path / "a.avi"), 1)[0]
+    for quality in (50, 75, 95):
+        stream = io.BytesIO()
+        Image.fromarray(frame[:, :, ::-1]).save(stream, "JPEG", quality=quality)
+        assert encode_jpeg(frame, quality) == stream.getvalue()
+
+
+def test_a_frame_too_large_for_jpeg_is_named() -> None:
+    with pytest.raises(VideoError, match="70000x1 pixels"):
+        encode_jpeg(np.zeros((1, 70_000, 3), np.uint8))
+
+
+def test_decoding_keeps_one_thread_whatever_the_clip(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.avi", 30)
+    before = len(os.listdir("/proc/self/task"))
+    video.read_frames(path, 8)
+    assert len(os.listdir("/proc/self/task")) <= before + 1
+
+
+CLIPS = sorted(
+    path.relative_to(TESTDATA).as_posix()
+    for folder in ("ucf101/UCF-101", "video_other")
+    for path in (TESTDATA / folder).rglob("*.*")
+    if path.suffix in (".avi", ".mp4", ".webm")
+)
+
+
+@pytest.mark.skipif(not CLIPS, reason="the real clips are not beside this checkout")
+@pytest.mark.parametrize("name", CLIPS)
+def test_frames_of_real_clips_equal_those_of_a_full_decode(name: str) -> None:
+    every = decode_all(TESTDATA / name)
+    for wanted in (4, 7, 8):
+        indices = frame_indices(len(every), wanted)
+        assert_same(read_frames(TESTDATA / name, wanted), [every[i] for i in indices])
+
+
+@pytest.mark.skipif(not CLIPS, reason="the real clips are not beside this checkout")
+@pytest.mark.parametrize("name", CLIPS)
+def test_real_clips_are_whole_and_their_halves_are_not(name: str, tmp_path: Path) -> None:
+    assert missing_bytes(TESTDATA / name) == 0
+    half = tmp_path / Path(name).name
+    half.write_bytes((TESTDATA / name).read_bytes())
+    with pytest.raises(VideoError):
+        read_frames(truncate(half, 0.5), 8)
