@@ -252,7 +252,7 @@ def test_other_settings_or_another_source_are_refused_and_named(tmp_path: Path) 
 
     for _ in ("half done", "finished"):
         assert_refused(
-            Words(shout=True), "another conversion: shout was False, now True.*--overwrite"
+            Words(shout=True), "another conversion: setting shout was False, now True.*--overwrite"
         )
         (source / "002.txt").write_text("more")
         assert_refused(Words(), r"the source is another \(2 items then, 3 now\)")

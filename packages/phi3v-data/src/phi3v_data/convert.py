@@ -375,7 +375,8 @@ def _check_same_run(
 
 
 def _flatten(identity: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in identity.items() if k != "settings"} | identity.get("settings", {})
+    settings = {f"setting {k}": v for k, v in identity.get("settings", {}).items()}
+    return {k: v for k, v in identity.items() if k != "settings"} | settings
 
 
 def _write_output(
