@@ -7,7 +7,7 @@ with open_atomic(path) as file:
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +17,7 @@ TEMPORARY_MARK = ".tmp-"
 
 
 @contextmanager
-def open_atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def open_atomic(path: str | os.PathLike[str]) -> Generator[BinaryIO]:
     """Open `path` for writing bytes; it appears under its name when the block ends well.
 
     The parent folder is made. The bytes are flushed to disk before the rename, so that a power

@@ -334,7 +334,7 @@ def shard_command(
 
     Exit status: 0 written or up to date, 1 samples have errors or writing failed, 2 wrong usage.
     """  # noqa: D301
-    from phi3v_data.report import print_text, progress_bar
+    from phi3v_data.report import count, print_text, progress_bar
     from phi3v_data.shards import write_shards
 
     _silence_pillow()
@@ -371,9 +371,8 @@ def shard_command(
     if result.is_up_to_date:
         click.echo(f"{out_dir} is up to date: same input, same settings")
     click.echo(
-        f"{manifest.num_samples:,} samples, {manifest.num_images:,} images "
-        f"({_size(manifest.image_bytes)}) in {len(manifest.shards):,} "
-        f"shard{'' if len(manifest.shards) == 1 else 's'} "
+        f"{count(manifest.num_samples, 'sample')}, {count(manifest.num_images, 'image')} "
+        f"({_size(manifest.image_bytes)}) in {count(len(manifest.shards), 'shard')} "
         f"({_size(sum(shard.num_bytes for shard in manifest.shards))}): {out_dir}"
     )
     if manifest.num_dropped:
@@ -394,7 +393,7 @@ def verify_command(context: click.Context, directory: str) -> None:
 
     Exit status: 0 all is well, 1 damaged or not a shard directory, 2 wrong usage.
     """  # noqa: D301
-    from phi3v_data.report import printable
+    from phi3v_data.report import count, printable
     from phi3v_data.shards import ShardError, open_shards, verify_shards
 
     try:
@@ -405,11 +404,12 @@ def verify_command(context: click.Context, directory: str) -> None:
     if manifest is None:
         for finding in findings:
             click.echo(printable(f"{directory}/{finding.file}: {finding.problem}"))
-        click.echo(f"{len(findings)} problem{'' if len(findings) == 1 else 's'}; write it again")
+        click.echo(f"{count(len(findings), 'problem')}: write it again")
         context.exit(1)
     click.echo(
-        f"{directory}: {manifest.num_samples:,} samples, {manifest.num_images:,} images in "
-        f"{len(manifest.shards):,} files, all as written"
+        f"{directory}: {count(manifest.num_samples, 'sample')}, "
+        f"{count(manifest.num_images, 'image')} in "
+        f"{count(len(manifest.shards), 'shard')}, all as written"
     )
 
 

@@ -89,11 +89,13 @@ def write_samples(path: str | os.PathLike[str], samples: Iterable[Sample]) -> in
 
 def explain(error: ValidationError) -> str:
     """The first finding of a pydantic error in one line, with the JSON pointer of its place."""
-    first = error.errors(include_url=False)[0]
-    pointer = "".join(f"/{part}" for part in first["loc"])
-    more = len(error.errors()) - 1
-    suffix = f" (and {more} more)" if more else ""
-    return f"{pointer or '/'}: {first['msg']}{suffix}"
+    # pydantic counts the good turns only, so a bad one also makes "too few" of them.
+    errors = [
+        e for e in error.errors(include_url=False) if not (e["type"] == "too_short" and e["input"])
+    ]
+    pointer = "".join(f"/{part}" for part in errors[0]["loc"])
+    suffix = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{pointer or '/'}: {errors[0]['msg']}{suffix}"
 
 
 def default_image_root(path: str | os.PathLike[str]) -> Path:

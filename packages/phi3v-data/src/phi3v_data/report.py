@@ -70,14 +70,14 @@ def summary_line(report: Report) -> "Text":
 
     text = Text()
     if report.num_errors:
-        text.append(_count(report.num_errors, "error"), _STYLE["error"])
+        text.append(count(report.num_errors, "error"), _STYLE["error"])
     else:
         text.append("no errors", "bold green")
     if report.num_warnings:
         text.append(", ")
-        text.append(_count(report.num_warnings, "warning"), _STYLE["warning"])
-    text.append(f": {report.num_valid:,} of {_count(report.num_lines, 'sample')} valid")
-    text.append(f" ({_count(report.num_images, 'image')} looked at)")
+        text.append(count(report.num_warnings, "warning"), _STYLE["warning"])
+    text.append(f": {report.num_valid:,} of {count(report.num_lines, 'sample')} valid")
+    text.append(f" ({count(report.num_images, 'image')} looked at)")
     return text
 
 
@@ -154,5 +154,6 @@ def _summary_table(report: Report) -> object:
     return table
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """`1 sample`, `1,200 samples`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -99,6 +99,8 @@ def not_json(line: Line, context: Context) -> Iterator[Finding]:
             problem = problem[: place.start()]
             # The parser counts bytes, people count characters.
             column = len(line.content[: int(place[1])].decode("utf-8", "ignore")) or 1
+        problem = re.sub(r"^EOF while parsing", "the line ends inside", problem)
+        problem = problem.replace("expected ident", "no such value")  # nul, NaN, True
         help = "one JSON object a line"
         if line.number == 1 and line.content.strip() in (b"[", b"{"):
             help = "the file looks pretty-printed: one JSON object a line, e.g. by `jq -c '.[]'`"
@@ -167,6 +169,8 @@ def schema(line: Line, context: Context) -> Iterator[Finding]:
     seen: set[str] = set()
     for error in line.error.errors(include_url=False):
         kind, place = error["type"], error["loc"]
+        if kind == "too_short" and error["input"]:
+            continue  # pydantic counts the good items only; what is wrong with the others follows
         if kind == "json_invalid" or (kind == "model_type" and not place):
             return  # P101 says so
         if place[:1] == ("metadata",) and len(place) > 1:

@@ -29,9 +29,9 @@ little-endian). All other leaves are zstd with statistics. Every page has a chec
                         xxh3_64: uint64>>
 
 where the bytes of an image are `length` bytes of its shard from byte `offset` on. The manifest
-holds the byte range of every record batch, and the xxh3-64 of every block of `block_bytes`; a
-reader checks the blocks of a batch before Arrow parses it, since a flipped bit in an IPC file can
-crash the process. What is not in a batch (schema and footer) is checked on opening.
+holds the byte range that every record batch lies in, and the xxh3-64 of every block of
+`block_bytes`; a reader checks the blocks of a batch before Arrow parses it, since a flipped bit in
+an IPC file can crash the process. The footer, behind the last batch, is checked on opening.
 
 **manifest.json** is the `Manifest` below. `checksum` is the xxh3-64 of the rest: JSON with sorted
 keys and no white space. `fingerprint` names the data: equal data, equal fingerprint.
@@ -87,7 +87,7 @@ class IndexEntry(FileEntry):
 
     rows_per_batch: int
     batches: tuple[tuple[int, int], ...]
-    """[offset, length] in bytes of every record batch, in order."""
+    """[offset, length] in bytes of the range every record batch lies in, in order."""
 
     block_bytes: int
     blocks: tuple[str, ...]

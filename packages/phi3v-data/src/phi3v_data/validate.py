@@ -371,7 +371,9 @@ class ReportBuilder:
         self._num_lines += 1
         self._num_valid += checked.sample is not None
         self._num_images += checked.num_new_images
-        self._found_in[checked.file] += sum(image.kind != "missing" for image in checked.images)
+        self._found_in[checked.file] += sum(
+            image.kind in ("ok", "undecodable") for image in checked.images
+        )
         for diagnostic in checked.diagnostics:
             self._counts[diagnostic.code] += 1
             if diagnostic.code == "I101" and diagnostic.line is not None:

@@ -1,0 +1,148 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from phi3v_data import Sample, Turn, write_samples
+from phi3v_data.cli import main
+from PIL import Image
+
+
+def sample(id: str, *images: str, answer: str | None = "a") -> Sample:
+    turns = (Turn(images=images, user="u", assistant=answer),)
+    return Sample(id=id, source="toy", conversations=turns)
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "a.png")
+    write_samples(tmp_path / "good.jsonl", [sample("1", "a.png"), sample("2")])
+    write_samples(tmp_path / "bad.jsonl", [sample("1", "a.png"), sample("2", answer=" ")])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str, **env: str) -> Result:
+    return CliRunner().invoke(main, arguments, env=env)
+
+
+def test_a_clean_file_exits_0_and_says_so():
+    result = run("validate", "good.jsonl")
+
+    assert result.exit_code == 0
+    assert result.output == "no errors: 2 of 2 samples valid (1 image looked at)\n"
+
+
+def test_errors_exit_1_with_place_code_message_and_summary():
+    result = run("validate", "bad.jsonl", "good.jsonl")
+
+    assert result.exit_code == 1
+    assert result.output.startswith("bad.jsonl:2: error T101 the answer is empty\n    at /conv")
+    assert "of sample '2'\n    help: leave 'assistant' out" in result.output
+    assert re.search(r"T101 +error +empty-answer +1", result.output)
+    assert result.output.endswith("1 error: 3 of 4 samples valid (1 image looked at)\n")
+    assert result.stderr == ""
+
+
+def test_the_output_is_coloured_on_a_terminal_only():
+    assert "\x1b[" not in run("validate", "bad.jsonl").output
+    assert "\x1b[1;31m" in run("validate", "bad.jsonl", FORCE_COLOR="1", TERM="xterm").output
+    plain = run("validate", "bad.jsonl", FORCE_COLOR="1", TERM="xterm", NO_COLOR="1").output
+    assert "\x1b[1;31m" not in plain
+
+
+def test_data_cannot_write_control_characters_to_the_terminal(root: Path):
+    bad = sample("x\x1b[2Jy\u202e", "no\x1b]0;x\x07.png", answer=" ")
+    write_samples(root / "bad.jsonl", [bad, sample("2", "a.png")])
+    output = run("validate", "bad.jsonl").output
+
+    assert "\x1b" not in output
+    assert "\u202e" not in output
+    assert "no\\x1b]0;x\\x07.png" in output
+
+
+def test_text_that_looks_like_markup_is_shown_as_it_is(root: Path):
+    write_samples(root / "bad.jsonl", [sample("[bold]x[/]", "no[red].png"), sample("2", "a.png")])
+
+    assert "'no[red].png'" in run("validate", "bad.jsonl").output
+    assert "'[bold]x[/]'" in run("validate", "bad.jsonl").output
+
+
+def test_json_has_everything():
+    result = run("validate", "bad.jsonl", "--format", "json")
+    report = json.loads(result.stdout)
+
+    assert result.exit_code == 1
+    assert report["version"] == 1
+    assert report["counts"] == {"T101": 1}
+    assert (report["num_lines"], report["num_valid"], report["num_errors"]) == (2, 1, 1)
+    assert report["diagnostics"] == [
+        {
+            "code": "T101",
+            "severity": "error",
+            "message": "the answer is empty",
+            "help": "leave 'assistant' out where there is no answer",
+            "file": "bad.jsonl",
+            "line": 2,
+            "column": None,
+            "pointer": "/conversations/0/assistant",
+            "sample_id": "2",
+        }
+    ]
+
+
+def test_rules_are_selected_and_ignored_by_code():
+    assert run("validate", "bad.jsonl", "--ignore", "D,T1").exit_code == 0
+    assert run("validate", "bad.jsonl", "--select", "I", "--select", "D101").exit_code == 0
+
+
+def test_options_reach_the_rules(root: Path):
+    write_samples(root / "test.jsonl", [sample("1", answer=None)])
+    Image.new("RGB", (400, 1)).save(root / "images" / "long.png")
+    write_samples(root / "long.jsonl", [sample("1", "long.png")])
+
+    assert run("validate", "test.jsonl").exit_code == 1
+    assert run("validate", "test.jsonl", "--allow-missing-answer").exit_code == 0
+    assert run("validate", "long.jsonl").exit_code == 0
+    assert "I105" in run("validate", "long.jsonl", "--num_crops", "1").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument 'FILES...'"),
+        (["nope.jsonl"], "'nope.jsonl' does not exist"),
+        (["good.jsonl", "--images", "nowhere"], "'nowhere' does not exist"),
+        (["good.jsonl", "--select", "T1O1"], "did you mean T101?"),
+        (["good.jsonl", "--num_crops", "0"], "0 is not in the range"),
+    ],
+)
+def test_wrong_usage_exits_2_with_one_line(arguments: list[str], message: str):
+    result = run("validate", *arguments)
+
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_rules_lists_and_explains():
+    listed = run("rules").output
+    explained = run("rules", "i101").output
+
+    assert "I104  warning  An image's file name promises" in listed
+    assert explained.startswith("I101 missing-image (error)\n\nAn image file is not there")
+    assert run("rules", "X").exit_code == 2
+
+
+def test_schema_prints_the_json_schema():
+    schema = json.loads(run("schema").output)
+
+    assert schema["title"] == "Sample"
+    assert set(schema["required"]) == {"id", "source", "conversations"}
+
+
+@pytest.mark.parametrize("command", ["validate", "shard", "verify", "rules", "schema"])
+def test_help_shows_an_example(command: str):
+    assert f"\n    phi3v-data {command}" in run(command, "--help").output
