@@ -33,7 +33,7 @@ def test_one_process_trains_here(config):
 
 def test_more_processes_are_started_with_torchrun(config):
     assert check_nproc(config, 2, {}) == 2
-    command = torchrun_command(2, "a.yaml", ["seed=1", "optim.betas=[0.9, 0.99]"], resume=True)
+    command = torchrun_command(2, "a.yaml", ["seed=1", "optim.betas=[0.9, 0.99]"], ["--resume"])
     assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     assert "--nproc_per_node=2" in command
     assert command[-8:] == [
@@ -43,7 +43,7 @@ def test_more_processes_are_started_with_torchrun(config):
 
 
 def test_without_a_file_only_the_overrides_are_passed_on():
-    assert torchrun_command(2, None, ["a=1"], resume=False)[-3:] == ["launch", "--", "a=1"]
+    assert torchrun_command(2, None, ["a=1"])[-3:] == ["launch", "--", "a=1"]
 
 
 def test_nproc_under_torchrun_is_refused(config):

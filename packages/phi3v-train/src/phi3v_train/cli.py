@@ -32,7 +32,7 @@ def _one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if click.get_current_context().find_root().params["traceback"]:
                 raise
             raise click.ClickException(" ".join(str(error).split())) from error
@@ -87,7 +87,8 @@ def init_tiny_command(out_dir: Path, seed: int) -> None:
 @main.command("launch")
 @click.argument("arguments", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
 @click.option("--nproc", type=click.IntRange(1), help="Processes, one per device.  [default: 1]")
-@click.option("--resume", is_flag=True, help="Go on from the latest checkpoint in output_dir.")
+@click.option("--resume", is_flag=True, help="Refuse to start without a checkpoint to go on from.")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier run in output_dir, start anew.")
 @click.option("--eval_before", is_flag=True, help="The same as eval.before=true.")
 @click.option("--dry_run", is_flag=True, help="Show what would run, and run nothing.")
 @_one_line_errors
@@ -95,6 +96,7 @@ def launch_command(
     arguments: tuple[str, ...],
     nproc: int | None,
     resume: bool,
+    overwrite: bool,
     eval_before: bool,
     dry_run: bool,
 ) -> None:
@@ -108,10 +110,10 @@ def launch_command(
       phi3v-train launch ucf101.yaml optim.learning_rate=1e-5 method.name=lora
       phi3v-train launch ucf101.yaml --nproc 8        # one process per GPU
       phi3v-train launch ucf101.yaml --dry_run        # resolved config, rows, steps, parameters
-      phi3v-train launch ucf101.yaml --resume         # after an interrupt
 
-    Checkpoints, the log, eval_before.json and eval_after.json, and the trained model go to
-    output_dir. Ctrl-C or SIGTERM finishes the step and saves a checkpoint first.
+    Checkpoints, log.jsonl, eval_before.json and eval_after.json, and the trained model/ or
+    adapter/ go to output_dir. Ctrl-C, SIGTERM and SIGUSR1 finish the step and save a checkpoint;
+    the same command then goes on from it. Exit status: 0 finished, 128 + n ended by signal n.
 
     \b
     Keys that matter most:
@@ -134,9 +136,7 @@ def launch_command(
 
     from phi3v_train.launch import launch
 
-    result = launch(config_path, overrides, nproc=nproc, resume=resume)
-    if isinstance(result, int):
-        sys.exit(result)
+    sys.exit(launch(config_path, overrides, nproc=nproc, resume=resume, overwrite=overwrite))
 
 
 def _split_arguments(arguments: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
@@ -158,7 +158,7 @@ def _show_dry_run(config_path: str | None, overrides: tuple[str, ...], nproc: in
 
     from phi3v_train.trainer import describe
 
-    click.echo(describe(config, world_size=world_size))
+    describe(config, world_size=world_size)
 
 
 @main.command("eval")
@@ -187,6 +187,9 @@ def _show_dry_run(config_path: str | None, overrides: tuple[str, ...], nproc: in
     help="Longest answer, in tokens.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first LIMIT samples.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
 @_one_line_errors
 def eval_command(
     model: Path,
@@ -196,6 +199,7 @@ def eval_command(
     num_crops: int,
     max_new_tokens: int,
     limit: int | None,
+    device: str,
 ) -> None:
     """Answer the questions of a shard directory and score the answers.
 
@@ -207,17 +211,25 @@ def eval_command(
       phi3v-train eval --model models/phi-3.5-vision --adapter runs/lora/adapter \\
           --data shards/val --out_dir runs/lora/eval
     """  # noqa: D301
+    from rich.console import Console
+    from rich.progress import Progress
+
     from phi3v_train.evaluate import evaluate_model
 
-    result = evaluate_model(
-        model,
-        data,
-        adapter=adapter,
-        out_dir=out_dir,
-        num_crops=num_crops,
-        max_new_tokens=max_new_tokens,
-        limit=limit,
-    )
+    # Shown on a terminal only, and apart from the result, so that stdout can be read by a script.
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("answering", total=None)
+        result = evaluate_model(
+            model,
+            data,
+            adapter=adapter,
+            out_dir=out_dir,
+            num_crops=num_crops,
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+            device=device,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
     click.echo(result)
 
 

@@ -14,12 +14,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phi3v_train.config import ConfigError, TrainConfig, load_config
-
-if TYPE_CHECKING:
-    from phi3v_train.trainer import TrainResult
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -30,17 +27,20 @@ def launch(
     *,
     nproc: int | None = None,
     resume: bool = False,
-) -> "int | TrainResult":
+    overwrite: bool = False,
+) -> int:
     """Check the configuration, then train.
 
     Args:
         config_path: YAML file; none: the overrides alone.
         overrides: `dotted.key=value` each.
         nproc: processes on this machine, one per device; none or 1: this one.
-        resume: go on from the latest checkpoint in the output folder.
+        resume: there must be a checkpoint to go on from.
+        overwrite: start anew, over what an earlier run left in the output folder.
 
     Returns:
-        The trainer's result where it ran in this process, torchrun's exit status otherwise.
+        Exit status: 0 when the run is finished, 128 + n when signal n ended it early, with a
+        checkpoint saved; torchrun's where it failed.
 
     Raises:
         ConfigError: the configuration can't be used, or `nproc` doesn't fit it.
@@ -50,8 +50,9 @@ def launch(
     if world_size is None:
         from phi3v_train.trainer import train
 
-        return train(config, resume=resume)
-    arguments = torchrun_command(world_size, config_path, overrides, resume=resume)
+        return train(config, resume=resume, overwrite=overwrite).exit_status
+    flags = [f"--{name}" for name, on in (("resume", resume), ("overwrite", overwrite)) if on]
+    arguments = torchrun_command(world_size, config_path, overrides, flags)
     return run_forwarding_signals(arguments, worker_environment(os.environ, world_size))
 
 
@@ -87,8 +88,7 @@ def torchrun_command(
     nproc: int,
     config_path: str | os.PathLike[str] | None,
     overrides: Sequence[str],
-    *,
-    resume: bool,
+    flags: Sequence[str] = (),
 ) -> list[str]:
     """The command line that runs `phi3v-train launch` in `nproc` processes."""
     return [
@@ -97,7 +97,7 @@ def torchrun_command(
         # the default set, and the one by which batch systems announce the end of a job
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         "-m", "phi3v_train.cli", "launch",
-        *(["--resume"] if resume else []),
+        *flags,
         "--",
         *([os.fspath(config_path)] if config_path is not None else []),
         *overrides,
