@@ -128,11 +128,14 @@ class SampleEncoder:
         )
 
     def measure(self, sample: Sample, sizes_wh: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """(tokens, local crops) of a sample from its text and image sizes alone, no pixel read."""
+        """(tokens, crops) of a sample from its text and image sizes alone, no pixel read.
+
+        Crops count the global view of each image too: what the vision tower runs.
+        """
         layouts = [hd_layout(width, height, self.num_crops) for width, height in sizes_wh]
         num_text = self.chat.encode_text(sample).num_tokens
         num_tokens = num_text + sum(layout.num_tokens for layout in layouts)
-        return num_tokens, sum(layout.grid[0] * layout.grid[1] for layout in layouts)
+        return num_tokens, sum(layout.grid[0] * layout.grid[1] + 1 for layout in layouts)
 
 
 def collate(samples: Sequence[EncodedSample]) -> Batch:

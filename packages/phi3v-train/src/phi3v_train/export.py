@@ -1,0 +1,80 @@
+"""A trained model as a folder that others load: official names, and the base's own side files."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from phi3v_data.atomic import TEMPORARY_MARK
+from torch import nn
+
+from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
+
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Of the base folder, taken over as they are where they exist."""
+
+
+def export_model(
+    model: Phi3VForCausalLM, base: Path, out_dir: Path, dtype: torch.dtype | None
+) -> Path:
+    """Write a Hugging Face folder, whole or not at all; one that exists is replaced.
+
+    Args:
+        model: converted to `dtype` in place, so that what is evaluated next is what was saved.
+        base: the folder it was loaded from, for tokenizer and processor files.
+        out_dir: the folder to write.
+        dtype: of the saved weights; None: as they are.
+    """
+    if dtype is not None:
+        nn.Module.to(model, dtype)
+    with _new_folder(out_dir) as folder:
+        model.save_pretrained(folder)
+        _copy_side_files(base, folder)
+    return out_dir
+
+
+def export_adapter(adapters: Any, base: Path, out_dir: Path) -> Path:
+    """Write a PEFT adapter folder with the tokenizer beside it, whole or not at all."""
+    with _new_folder(out_dir) as folder:
+        adapters.save_pretrained(str(folder))
+        _copy_side_files(base, folder)
+    return out_dir
+
+
+def _copy_side_files(base: Path, folder: Path) -> None:
+    for name in SIDE_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes the target's place when the block ends well."""
+    folder = target.with_name(f".{target.name}{TEMPORARY_MARK}{os.getpid()}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        # safetensors writes for its owner alone; the folder's other files follow the umask.
+        allowed = folder.stat().st_mode & 0o666
+        for path in folder.iterdir():
+            path.chmod(allowed)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
