@@ -4,8 +4,9 @@
     uv run examples/quickstart.py --source my_clips    # yours: train|val|test/<Class>/*.avi
 
 Each command is printed before it runs, so that you can type it yourself. The clips it makes show a
-square that is red or blue and moves left or right: four classes, told apart by colour and motion
-together. No single frame shows which way the square moves.
+square that is red or blue and comes nearer or goes away: four classes, told apart by colour and
+motion together. The first frame says nothing of the motion, and no single frame says much: how
+large the square starts differs more from clip to clip than its size changes within one.
 """
 
 import argparse
@@ -20,46 +21,50 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CLASSES = ("BlueLeft", "BlueRight", "RedLeft", "RedRight")
+CLASSES = ("BlueAway", "BlueNear", "RedAway", "RedNear")
 CLIPS_PER_CLASS = {"train": 60, "val": 15}
 WIDTH, HEIGHT, FRAMES_PER_SECOND, NUM_FRAMES = 320, 240, 25, 24
-SQUARE = 110  # pixels
+FIRST_SIDE = (80, 200)  # pixels: the square's side in the first frame, anything in between
+GROWTH = 5 / 3  # pixels a frame, or as much shrinking
 
 
-def make_clips(folder: Path, *, seed: int = 0) -> None:
+def make_clips(folder: Path, *, seed: int = 0, shuffle_labels: bool = False) -> None:
     """Write AVI files as UCF-101 has them: `<split>/<Class>/v_<Class>_g01_c01.avi`.
 
     A group shares a background, as the clips of one source video do; no group is in two splits.
+    With `shuffle_labels` the class folder of a clip says nothing of what it shows.
     """
     random = np.random.default_rng(seed)
     group = 0
     for split, count in CLIPS_PER_CLASS.items():
         for start in range(0, count, 5):
             group += 1
-            background = random.integers(90, 166, 3)
+            background = int(random.integers(60, 110))
             for name in CLASSES:
                 for clip in range(1, 1 + min(5, count - start)):
                     path = folder / split / name / f"v_{name}_g{group:02d}_c{clip:02d}.avi"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    write_clip(path, name, background, random)
+                    shown = str(random.choice(CLASSES)) if shuffle_labels else name
+                    write_clip(path, shown, background, random)
 
 
-def write_clip(path: Path, name: str, background: np.ndarray, random: np.random.Generator) -> None:
-    """One clip: the square starts anywhere and comes back in on the other side."""
+def write_clip(path: Path, name: str, background: int, random: np.random.Generator) -> None:
+    """One clip: a square in front of noise, growing or shrinking."""
     colour = (40, 40, 220) if name.startswith("Red") else (220, 40, 40)  # blue, green, red
-    direction = -1 if name.endswith("Left") else 1
-    left, top = random.integers(0, WIDTH), random.integers(0, HEIGHT - SQUARE)
-    speed = direction * random.uniform(3.0, 4.0)  # pixels a frame
+    direction = -1 if name.endswith("Away") else 1
+    first_side = random.uniform(*FIRST_SIDE)
+    centre_x, centre_y = random.uniform(120, WIDTH - 120), HEIGHT / 2
+    noise = random.integers(-6, 7, (HEIGHT, WIDTH, 3))
     video = cv2.VideoWriter(
         str(path), cv2.VideoWriter.fourcc(*"XVID"), FRAMES_PER_SECOND, (WIDTH, HEIGHT)
     )
     for number in range(NUM_FRAMES):
-        frame = np.empty((HEIGHT, WIDTH, 3), dtype=np.uint8)
-        frame[:] = background
-        columns = (int(left + speed * number) + np.arange(SQUARE)) % WIDTH
-        frame[top : top + SQUARE, columns] = colour
-        noise = random.integers(-6, 7, frame.shape)
-        video.write((frame + noise).clip(0, 255).astype(np.uint8))
+        half = (first_side + direction * GROWTH * number) / 2
+        frame = background + np.roll(noise, 17 * number, axis=1)
+        rows = slice(max(0, round(centre_y - half)), round(centre_y + half))
+        columns = slice(max(0, round(centre_x - half)), round(centre_x + half))
+        frame[rows, columns] = colour
+        video.write(frame.clip(0, 255).astype(np.uint8))
     video.release()
 
 
@@ -72,12 +77,17 @@ def run(*arguments: object) -> None:
 
 def main() -> None:
     """Run the whole path and print where it led."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The whole path, on made clips.")
     parser.add_argument("--source", type=Path, help="your clips: train|val|test/<Class>/*.avi")
     parser.add_argument("--out_dir", "--out-dir", type=Path, default=Path("quickstart_run"))
     parser.add_argument("--num_frames", "--num-frames", type=int, default=4, help="frames a clip")
     parser.add_argument("--num_epochs", "--num-epochs", type=int, default=6)
-    parser.add_argument("--shuffle_labels", "--shuffle-labels", action="store_true", help="control")
+    parser.add_argument(
+        "--shuffle_labels",
+        "--shuffle-labels",
+        action="store_true",
+        help="control: it must learn nothing",
+    )
     arguments = parser.parse_args()
     out, started = arguments.out_dir, time.monotonic()
     shutil.rmtree(out, ignore_errors=True)
@@ -85,7 +95,7 @@ def main() -> None:
     if source is None:
         source = out / "clips"
         print(f"making {sum(CLIPS_PER_CLASS.values()) * len(CLASSES)} short clips in {source}")
-        make_clips(source)
+        make_clips(source, shuffle_labels=arguments.shuffle_labels)
 
     run("phi3v-data", "convert", "ucf101", source, "--out_dir", out / "data",
         "--num_frames", arguments.num_frames)  # fmt: skip

@@ -81,6 +81,8 @@ class ChatEncoder:
 
     def __init__(self, tokenizer_path: str | Path) -> None:
         path = Path(tokenizer_path)
+        if not path.exists():
+            raise ValueError(f"no model folder at {path}")
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"no tokenizer.json in {path.parent}: is this a model folder?")

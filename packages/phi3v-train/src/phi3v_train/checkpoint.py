@@ -111,19 +111,25 @@ def read_state(path: Path) -> RunState:
     file = path / STATE_FILE
     try:
         content = json.loads(file.read_text())
-        version = content.pop("format_version")
+        version = content["format_version"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a checkpoint: it has no {STATE_FILE}") from None
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has checkpoint format {version}, this program reads {FORMAT_VERSION}; go on "
             "with the release that wrote it, or start anew in another output_dir"
         )
-    plan = content.pop("plan")
-    known = {field.name for field in dataclasses.fields(PlanSettings)}
-    return RunState(plan=PlanSettings(**{k: v for k, v in plan.items() if k in known}), **content)
+    try:
+        return RunState(
+            step=content["step"],
+            plan=PlanSettings(**content["plan"]),
+            maths=content["maths"],
+            model_hash=content["model_hash"],
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
 
 
 def check_same_run(path: Path, then: RunState, now: RunState) -> None:

@@ -8,6 +8,7 @@ Users name parts, not modules: a list of module names that fits another model ma
 one and says nothing. The only module that imports peft.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,9 +84,10 @@ def read_model_config(folder: str | Path) -> Phi3VConfig:
             f"{folder} is not a model folder: it has no config.json. Download the model there, or "
             "make a tiny one with `phi3v-train init tiny`"
         )
-    import json
-
-    kind = json.loads(path.read_text()).get("model_type")
+    try:
+        kind = json.loads(path.read_text())["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a model configuration: {error}") from None
     if kind != Phi3VConfig.model_type:
         raise ValueError(f"{path}: expected model_type phi3_v, got {kind!r}")
     return Phi3VConfig.from_pretrained(folder)
