@@ -49,7 +49,8 @@ def export_model(
 def export_adapter(adapters: Any, base: Path, out_dir: Path) -> Path:
     """Write a PEFT adapter folder with the tokenizer beside it, whole or not at all."""
     with _new_folder(out_dir) as folder:
-        adapters.save_pretrained(str(folder))
+        # An adapter on lm_head makes PEFT store the frozen head itself too; the base has it.
+        adapters.save_pretrained(str(folder), save_embedding_layers=False)
         _copy_side_files(base, folder)
     return out_dir
 

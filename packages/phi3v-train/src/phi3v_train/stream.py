@@ -238,10 +238,10 @@ def _as_it_is(row: "Batch | _Failure") -> "Batch | _Failure":
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C in a terminal reaches the whole process group. The trainer decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # These reach the whole process group of a terminal or batch job. The trainer decides what
+    # they mean; a worker leaves when its loader, or its parent, is gone.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
