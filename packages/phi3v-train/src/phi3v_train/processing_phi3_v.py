@@ -73,7 +73,7 @@ class Phi3VProcessor:
         canvases = [hd_image(upright_rgb(image), self.num_crops) for image in images]
         grids = [(canvas.shape[0] // CROP, canvas.shape[1] // CROP) for canvas in canvases]
         ids: list[int] = []
-        for number, piece in enumerate(IMAGE_TAG.sub("\0", text).split("\0")):
+        for number, piece in enumerate(IMAGE_TAG.split(text)[::2]):
             if number:
                 ids += [-number] * num_image_tokens(*grids[number - 1])
             ids += self.chat.tokenizer.encode(piece).ids
