@@ -40,6 +40,11 @@ IGNORE_INDEX = -100
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
+_WHITE_SPACE = "".join(
+    c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f"
+)
+"""What `<|assistant|>` swallows: Unicode's White_Space. Python's has four separators more."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
@@ -134,7 +139,7 @@ class ChatEncoder:
                 labels[-1] += [IGNORE_INDEX] * len(ids)
             if for_generation and position == last:
                 break
-            answer = (turn.assistant or "").lstrip()
+            answer = (turn.assistant or "").lstrip(_WHITE_SPACE)
             if not answer:
                 raise ValueError(f"sample {sample.id!r}: turn {position} has no answer to learn")
             ids = self._tokenize(answer + "<|end|>")

@@ -38,11 +38,15 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from phi3v_train.config import maths_changes
 from phi3v_train.engine import World
 from phi3v_train.plan import PlanSettings, plan_changes
+from phi3v_train.quiet import quiet
 
 FORMAT_VERSION = 1
 """Raised when older code could not read what newer code writes, or the other way round."""
 
 STATE_FILE = "state.json"
+
+_ONE_PROCESS = "torch.distributed is disabled"
+"""torch warns that a run of one process is taken for one, though `no_dist` says so."""
 
 
 class CheckpointError(ValueError):
@@ -185,11 +189,12 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     world.barrier()
-    save(
-        _tensors(trainable, model, optimizer, scaler),
-        storage_writer=FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True),
-        no_dist=world.world_size == 1,
-    )
+    with quiet(_ONE_PROCESS):
+        save(
+            _tensors(trainable, model, optimizer, scaler),
+            storage_writer=FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True),
+            no_dist=world.world_size == 1,
+        )
     world.barrier()
     if world.is_main:
         write_atomic(temporary / STATE_FILE, state.to_json())
@@ -221,11 +226,12 @@ def load_checkpoint(
     """
     content = _tensors(trainable, model, optimizer, scaler.state_dict())
     try:
-        load(
-            content,
-            storage_reader=FileSystemReader(path),
-            no_dist=world.world_size == 1,
-        )
+        with quiet(_ONE_PROCESS):
+            load(
+                content,
+                storage_reader=FileSystemReader(path),
+                no_dist=world.world_size == 1,
+            )
     except Exception as error:  # the reader wraps whatever each rank met in one type of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read: {reason}") from error

@@ -12,6 +12,7 @@ from phi3v_data.atomic import TEMPORARY_MARK
 from torch import nn
 
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
+from phi3v_train.quiet import quiet
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -41,7 +42,8 @@ def export_model(
     if dtype is not None:
         nn.Module.to(model, dtype)
     with _new_folder(out_dir) as folder:
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         _copy_side_files(base, folder)
     return out_dir
 

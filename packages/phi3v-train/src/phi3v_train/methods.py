@@ -19,11 +19,15 @@ from torch import nn
 from phi3v_train.config import MethodConfig, Part
 from phi3v_train.configuration_phi3_v import Phi3VConfig
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
+from phi3v_train.quiet import quiet
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _VISION = "model.vision_embed_tokens.img_processor."
 _PROJECTOR = "model.vision_embed_tokens."
+
+_PEFT_ASKS = "`is_gradient_checkpointing` is deprecated"
+"""PEFT reads a property of the model that transformers has renamed; users can't change that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Phi3VF
     """
     read_model_config(folder)
     try:
-        return Phi3VForCausalLM.from_pretrained(folder, dtype=dtype)
+        with quiet():
+            return Phi3VForCausalLM.from_pretrained(folder, dtype=dtype)
     except OSError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -164,17 +169,16 @@ def _add_adapters(model: Phi3VForCausalLM, method: MethodConfig, seed: int) -> A
     import peft
 
     torch.manual_seed(seed)
-    adapters = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=method.lora.rank,
-            lora_alpha=method.lora.alpha,
-            lora_dropout=method.lora.dropout,
-            target_modules=lora_targets(model, method.trained_parts),
-            init_lora_weights="gaussian",
-        ),
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.lora.rank,
+        lora_alpha=method.lora.alpha,
+        lora_dropout=method.lora.dropout,
+        target_modules=lora_targets(model, method.trained_parts),
+        init_lora_weights="gaussian",
     )
+    with quiet(_PEFT_ASKS):
+        adapters = peft.get_peft_model(model, settings)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -196,7 +200,8 @@ def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausalL
     import peft
 
     try:
-        adapters = peft.PeftModel.from_pretrained(model, str(folder))
+        with quiet(_PEFT_ASKS):
+            adapters = peft.PeftModel.from_pretrained(model, str(folder))
     except RuntimeError as error:
         raise ValueError(f"{folder} does not fit the model: {error}") from error
     base = adapters.get_base_model()

@@ -339,10 +339,10 @@ def _write_model(folder: Path, fields: dict[str, Any], end_id: int, seed: int) -
     """Write weights, config.json and generation_config.json; return the number of parameters."""
     import torch
     from transformers import GenerationConfig
-    from transformers.utils import logging
 
     from phi3v_train.configuration_phi3_v import Phi3VConfig
     from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
+    from phi3v_train.quiet import quiet
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -353,13 +353,8 @@ def _write_model(folder: Path, fields: dict[str, Any], end_id: int, seed: int) -
         eos_token_id=[end_id, fields["eos_token_id"]],
         pad_token_id=fields["pad_token_id"],
     )
-    bars_were_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet():
         model.save_pretrained(folder)
-    finally:
-        if bars_were_shown:
-            logging.enable_progress_bar()
     # safetensors writes for the owner alone; the folder's other files show what umask allows.
     mode = (folder / "tokenizer.json").stat().st_mode
     (folder / "model.safetensors").chmod(mode)
