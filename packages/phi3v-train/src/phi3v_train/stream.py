@@ -12,7 +12,7 @@ decode and encode whole rows ahead; a row's content never depends on who made it
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -186,8 +186,10 @@ class TrainStream:
         epoch, within = divmod(step, self.steps_per_epoch)
         return self.plan(epoch).rows(within, self.settings.rank)
 
-    def steps(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, list[Batch]]]:
-        """Yield (step, its rows on this rank), in order.
+    def steps(
+        self, start: int = 0, stop: int | None = None
+    ) -> Generator[tuple[int, list[Batch]], None, None]:
+        """Yield (step, its rows on this rank), in order. Close it where you leave early.
 
         Args:
             start: steps already done.
@@ -198,14 +200,19 @@ class TrainStream:
         """
         stop = self.num_steps if stop is None else stop
         loader = iter(self._loader(start, stop))
-        for step in range(start, stop):
-            rows: list[Batch] = []
-            for _ in self.rows_of_step(step):
-                row = next(loader)
-                if isinstance(row, _Failure):
-                    raise ValueError(row.message)
-                rows.append(row)
-            yield step, rows
+        try:
+            for step in range(start, stop):
+                rows: list[Batch] = []
+                for _ in self.rows_of_step(step):
+                    row = next(loader)
+                    if isinstance(row, _Failure):
+                        raise ValueError(row.message)
+                    rows.append(row)
+                yield step, rows
+        finally:
+            # Ends the workers, whoever still holds this generator or an error raised in it: they
+            # ignore SIGTERM, so Python would wait for them for ever when it exits.
+            del loader
 
     def _loader(self, start: int, stop: int) -> "DataLoader[Batch | _Failure]":
         settings = self.settings

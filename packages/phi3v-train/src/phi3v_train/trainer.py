@@ -23,7 +23,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,10 +184,11 @@ def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) 
 
     model.train()
     done, saved_at, stopped_by = start, start, None
-    with Interrupts(heard) as interrupts, log:
+    steps = stream.steps(start, num_steps)
+    with Interrupts(heard) as interrupts, log, closing(steps):
         interval = Interval(started=time.perf_counter())
         waited_from = time.perf_counter()
-        for step, rows in stream.steps(start, num_steps):
+        for step, rows in steps:
             waited = time.perf_counter() - waited_from
             rate = learning_rate(config.optim, step, num_steps)
             for group in optimizer.param_groups:
