@@ -26,6 +26,7 @@ import torch
 import xxhash
 from phi3v_data.atomic import write_atomic
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -232,8 +233,9 @@ def load_checkpoint(
                 storage_reader=FileSystemReader(path),
                 no_dist=world.world_size == 1,
             )
-    except Exception as error:  # the reader wraps whatever each rank met in one type of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except CheckpointException as error:  # a BaseException: what each rank met, in one
+        cause = next(iter(error.failures.values()))[0]
+        reason = " ".join(f"{type(cause).__name__} {cause}".split())
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
     with torch.no_grad():
         for name, parameter in trainable.items():
