@@ -59,7 +59,10 @@ def test_training_ids_and_labels_equal_the_reference(example: dict) -> None:
     if turn["assistant"][0].isspace():  # the recipe's ids are none that a prompt can lead to
         prompt = encoded.input_ids[: example["first_label_position"]]
         assert prompt[-1] == encoder.chat.tokenizer.token_to_id("<|assistant|>")
-        assert encoder.chat.decode(encoded.input_ids[len(prompt) :]) == turn["assistant"].strip()
+        assert (
+            encoder.chat.decode(encoded.input_ids[len(prompt) :].tolist())
+            == turn["assistant"].strip()
+        )
         return
     recorded = [
         encoder.chat.ids.image if i < 0 else i for i in run_lengths(example["input_ids_rle"])
