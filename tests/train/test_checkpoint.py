@@ -134,6 +134,19 @@ def test_a_cut_off_weight_file_is_refused(tmp_path: Path) -> None:
         load(path, *toy_training())
 
 
+@pytest.mark.parametrize("content", [None, b"", b"junk"])
+def test_a_list_of_contents_that_is_lost_or_damaged_is_refused(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = save(tmp_path, 2)
+    (path / ".metadata").unlink()
+    if content is not None:
+        (path / ".metadata").write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        load(path, *toy_training())
+    assert "\n" not in str(caught.value)
+
+
 def test_every_field_that_changed_is_named_old_and_new(tmp_path: Path) -> None:
     now = RunState(
         step=2,
