@@ -72,7 +72,9 @@ def run(*arguments: object) -> None:
     """Print a command as one would type it, and run it."""
     command = [str(argument) for argument in arguments]
     print(f"\n$ {shlex.join(command)}", flush=True)
-    subprocess.run(command, check=True)
+    status = subprocess.run(command).returncode
+    if status:  # the command has said why
+        sys.exit(status)
 
 
 def main() -> None:
@@ -101,6 +103,8 @@ def main() -> None:
         "--num_frames", arguments.num_frames)  # fmt: skip
     for split in ("train", "val"):
         file = out / "data" / f"ucf101_{split}.jsonl"
+        if not file.is_file():
+            sys.exit(f"no clips in {source / split}: the quickstart needs train/ and val/")
         run("phi3v-data", "validate", file)
         run("phi3v-data", "shard", file, "--out_dir", out / "shards" / split)
     run("phi3v-train", "init", "tiny", out / "tiny")
@@ -119,7 +123,7 @@ def main() -> None:
     before = json.loads((out / "train" / "eval_before.json").read_text())["accuracy"]
     after = json.loads((out / "eval" / "eval.json").read_text())["accuracy"]
     print(f"""
-accuracy on held-out groups: {before:.2f} before training, {after:.2f} after it
+accuracy on held-out clips: {before:.2f} before training, {after:.2f} after it
 took {time.monotonic() - started:.0f} s
 
 the samples       {out / "data"}

@@ -12,7 +12,7 @@ def held_out_accuracy(out_dir: Path, *options: str) -> float:
     """Of the trained model on groups it has not seen; chance is 0.25, colour alone gives 0.5."""
     command = [sys.executable, str(QUICKSTART), "--out_dir", str(out_dir), *options]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "accuracy on held-out groups" in output
+    assert "accuracy on held-out clips" in output
     result = json.loads((out_dir / "eval" / "eval.json").read_text())
     assert result["num_samples"] == 60
     return result["accuracy"]
