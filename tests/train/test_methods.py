@@ -101,6 +101,8 @@ def test_an_adapter_folder_gives_the_model_that_was_trained(
     training = prepared(tiny, **LORA)
     step(training, row)
     folder = export_adapter(training.adapters, tiny, tmp_path / "adapter")
+    # PEFT would store the frozen head too, beside its adapter.
+    assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
     again = load_adapter(fresh_model(tiny), folder)
     plain = fresh_model(tiny)
     ids = row.input_ids[: int(row.cu_seqlens[1])][None]
