@@ -15,6 +15,7 @@ from phi3v_train.methods import (
     part_of,
     prepare,
 )
+from safetensors.torch import load_file
 
 from tests.train.builders import fresh_model, open_toy
 
