@@ -1,4 +1,3 @@
-# ruff: noqa: D101, D102
 """A converter of your own: captions.txt beside images, "cat.jpg<TAB>A cat." per line."""
 
 from pathlib import Path

@@ -9,7 +9,6 @@ from phi3v_train.config import (
     dump_config,
     load_config,
     maths_changes,
-    maths_hash,
     training_maths,
 )
 
@@ -215,21 +214,21 @@ def test_the_tree_is_frozen():
         config.optim.eps = 1.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_the_hash_of_the_maths_ignores_where_and_how_often_but_not_how():
-    def hashed(*overrides):
-        return maths_hash(load_config(None, [*REQUIRED, *overrides]))
+def test_the_maths_ignores_where_and_how_often_but_not_how():
+    def maths(*overrides):
+        return training_maths(load_config(None, [*REQUIRED, *overrides]))
 
-    plain = hashed()
+    plain = maths()
     for harmless in (
         "output_dir=p",
         "data.num_workers=0",
         "train.log_every=1",
         "eval.limit=9",
     ):
-        assert hashed(harmless) == plain
-    assert hashed("method.lora.rank=8") == plain  # not read by full training
+        assert maths(harmless) == plain
+    assert maths("method.lora.rank=8") == plain  # not read by full training
     for other in ("seed=1", "optim.eps=1e-8", "train.global_batch_size=8", "method.name=lora"):
-        assert hashed(other) != plain
+        assert maths(other) != plain
 
 
 def test_changes_of_the_maths_are_listed_by_key():

@@ -9,7 +9,6 @@ from phi3v_train.plan import (
     epoch_order,
     plan_changes,
     plan_epoch,
-    plan_hash,
     sample_cost,
     split_overlong,
 )
@@ -197,12 +196,11 @@ def test_a_plan_of_a_million_samples_is_there_at_once():
 SETTINGS = PlanSettings("data", "tokenizer", 4, CAPACITY, 0, 16)
 
 
-def test_the_hash_changes_with_every_field():
-    changed = [
-        replace(SETTINGS, **{name: value + "x" if isinstance(value, str) else value + 1})
-        for name, value in asdict(SETTINGS).items()
-    ]
-    assert len({plan_hash(s) for s in [SETTINGS, *changed]}) == len(changed) + 1
+def test_a_change_of_any_field_is_noticed():
+    for name, value in asdict(SETTINGS).items():
+        other = value + "x" if isinstance(value, str) else value + 1
+        changes = plan_changes(asdict(SETTINGS), replace(SETTINGS, **{name: other}))
+        assert changes == (f"{name}: {value} -> {other}",)
 
 
 def test_changed_settings_are_named():

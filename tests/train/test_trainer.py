@@ -122,6 +122,19 @@ def test_other_settings_are_refused_until_overwrite_starts_anew(
     assert not (output / "eval_before.json").exists()
 
 
+def test_overwrite_removes_nothing_where_the_new_run_cannot_start(
+    toy: tuple[Path, Path], finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(finished, output)
+    with pytest.raises(ValueError, match="longer than a row"):
+        train(toy_config(*toy, output, "data.max_tokens_per_row=20"), overwrite=True)
+    with pytest.raises(ValueError, match="over the model it starts from"):
+        train(toy_config(output / "model", toy[1], output), overwrite=True)
+    assert_equal_weights(weights_of(output), weights_of(finished))
+    assert log_lines(output) == log_lines(finished)
+
+
 def test_resume_without_a_checkpoint_and_resume_with_overwrite_are_refused(
     toy: tuple[Path, Path], tmp_path: Path
 ) -> None:

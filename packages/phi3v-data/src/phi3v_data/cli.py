@@ -94,7 +94,7 @@ def convert_command(
 
     Exit status: 0 done (rejected items are counted), 1 not one sample came out or the machine
     failed, 2 wrong usage, 130 Ctrl-C.
-    """  # noqa: D301
+    """
     import os
     import sys
 
@@ -249,7 +249,7 @@ def validate_command(
     --select and --ignore take codes or their beginnings, also separated by commas.
 
     Exit status: 0 no errors (warnings are counted), 1 errors, 2 wrong usage.
-    """  # noqa: D301
+    """
     from phi3v_data.report import print_text, progress_bar, to_json
     from phi3v_data.validate import validate
 
@@ -333,7 +333,7 @@ def shard_command(
     The same command again finds the directory up to date and leaves it alone.
 
     Exit status: 0 written or up to date, 1 samples have errors or writing failed, 2 wrong usage.
-    """  # noqa: D301
+    """
     from phi3v_data.report import count, print_text, progress_bar
     from phi3v_data.shards import write_shards
 
@@ -392,7 +392,7 @@ def verify_command(context: click.Context, directory: str) -> None:
       phi3v-data verify shards/train
 
     Exit status: 0 all is well, 1 damaged or not a shard directory, 2 wrong usage.
-    """  # noqa: D301
+    """
     from phi3v_data.report import count, printable
     from phi3v_data.shards import ShardError, open_shards, verify_shards
 
@@ -421,7 +421,7 @@ def rules_command(code: str | None) -> None:
     \b
       phi3v-data rules
       phi3v-data rules I101
-    """  # noqa: D301
+    """
     from phi3v_data.rules import RULES, select_rules
 
     if code is None:
@@ -442,7 +442,7 @@ def schema_command() -> None:
 
     \b
       phi3v-data schema > sample.schema.json
-    """  # noqa: D301
+    """
     import json
 
     from phi3v_data.schema import json_schema

@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from phi3v_data.atomic import TEMPORARY_MARK
+from phi3v_data.atomic import TEMPORARY_MARK, sync
 from phi3v_data.jsonl import default_image_root
 from phi3v_data.rules import RULES
 from phi3v_data.schema import Sample
@@ -578,7 +578,7 @@ def _publish(temporary: Path, target: Path) -> None:
     os.umask(umask)
     temporary.chmod(0o777 & ~umask)
     for path in (*temporary.iterdir(), temporary):
-        _fsync(path)
+        sync(path)
     if target.is_dir() and any(target.iterdir()):
         # Two renames: between them there is no `target`, never half of one.
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}{TEMPORARY_MARK}", dir=target.parent))
@@ -587,15 +587,7 @@ def _publish(temporary: Path, target: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(temporary, target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 def _file_entry(path: Path) -> FileEntry:

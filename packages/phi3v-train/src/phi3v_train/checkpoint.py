@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import xxhash
-from phi3v_data.atomic import write_atomic
+from phi3v_data.atomic import sync, write_atomic
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -199,11 +199,11 @@ def save_checkpoint(
     world.barrier()
     if world.is_main:
         write_atomic(temporary / STATE_FILE, state.to_json())
-        _sync_folder(temporary)
+        sync(temporary)
         if path.exists():  # of a run that was started anew over it
             shutil.rmtree(path)
         os.replace(temporary, path)
-        _sync_folder(folder)
+        sync(folder)
         write_atomic(folder / "latest", f"{path.name}\n")
         for old in sorted(folder.glob("step-????????"))[:-keep]:
             if old != path:
@@ -258,12 +258,3 @@ def _tensors(
         "optimizer": get_optimizer_state_dict(model, optimizer),
         "scaler": scaler,
     }
-
-
-def _sync_folder(path: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -53,7 +53,7 @@ def main(traceback: bool) -> None:
       phi3v-train eval --model runs/first/model --data shards/val
 
     Shards are made by phi3v-data.
-    """  # noqa: D301
+    """
 
 
 @main.group()
@@ -74,7 +74,7 @@ def init_tiny_command(out_dir: Path, seed: int) -> None:
 
     \b
       phi3v-train init tiny models/tiny
-    """  # noqa: D301
+    """
     from phi3v_train.tiny import init_tiny
 
     model = init_tiny(out_dir, seed=seed)
@@ -126,7 +126,7 @@ def launch_command(
       train.num_epochs           1
       train.global_batch_size    16 samples a step, over all devices
       checkpoint.every_steps     none: only at the end
-    """  # noqa: D301
+    """
     config_path, overrides = _split_arguments(arguments)
     if eval_before:
         overrides = (*overrides, "eval.before=true")
@@ -210,7 +210,7 @@ def eval_command(
       phi3v-train eval --model runs/first/model --data shards/val --num_crops 4
       phi3v-train eval --model models/phi-3.5-vision --adapter runs/lora/adapter \\
           --data shards/val --out_dir runs/lora/eval
-    """  # noqa: D301
+    """
     from rich.console import Console
     from rich.progress import Progress
 

@@ -17,8 +17,6 @@ below, which is the cookbook recipe's where the recipe has one.
 """
 
 import difflib
-import hashlib
-import json
 import os
 import re
 import types
@@ -298,12 +296,6 @@ def training_maths(config: TrainConfig) -> dict[str, Any]:
         for key, value in flat.items()
         if not any(key == h or key.startswith(f"{h}.") for h in hidden)
     }
-
-
-def maths_hash(config: TrainConfig) -> str:
-    """SHA-256 of `training_maths`: equal for two runs that compute the same thing."""
-    text = json.dumps(training_maths(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def maths_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:

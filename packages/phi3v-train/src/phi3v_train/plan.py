@@ -22,9 +22,7 @@ out. Nothing is drawn from a random generator's state, so a run resumes from one
    not padded; all ranks run equally many, a rank that has fewer gets empty ones (dummies).
 """
 
-import hashlib
 import heapq
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -300,12 +298,6 @@ class PlanSettings:
     seed: int
     global_batch_size: int
     version: int = PLAN_VERSION
-
-
-def plan_hash(settings: PlanSettings) -> str:
-    """SHA-256 of the settings, as hexadecimal digits."""
-    text = json.dumps(asdict(settings), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plan_changes(then: Mapping[str, Any], now: PlanSettings) -> tuple[str, ...]:

@@ -111,10 +111,12 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
 
 
 def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) -> TrainResult:
-    if overwrite and world.is_main:
-        _remove_outputs(config.output_dir)
-    world.barrier()
-    checkpoint = latest_checkpoint(config.output_dir)
+    if config.model.resolve() == (config.output_dir / "model").resolve():
+        raise ValueError(
+            f"model and output_dir: the result would be written over the model it starts from, "
+            f"{config.model}; use another output_dir"
+        )
+    checkpoint = None if overwrite else latest_checkpoint(config.output_dir)
     if resume and checkpoint is None:
         raise CheckpointError(
             f"{config.output_dir} has no checkpoint to resume from; leave --resume out to start"
@@ -124,10 +126,22 @@ def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) 
     stream = _open_stream(config, world)
     num_steps = _num_steps(config, stream)
 
-    # --- model
+    # --- position: a checkpoint of another run is refused before the weights are loaded
     precision = choose_precision(config.precision, world.device)
     saved_dtype = read_model_config(config.model).dtype
     assert saved_dtype is None or isinstance(saved_dtype, torch.dtype)
+    weights_hash = world.from_main(model_hash(config.model) if world.is_main else None)
+
+    def state_at(step: int) -> RunState:
+        return RunState(step, stream.identity, training_maths(config), weights_hash)
+
+    start = 0
+    if checkpoint is not None:
+        saved = read_state(checkpoint)
+        check_same_run(checkpoint, saved, state_at(saved.step))
+        start = saved.step
+
+    # --- model
     model = load_model(config.model)
     move(model, world.device)
     training = prepare(model, config.method, precision, seed=config.seed)
@@ -140,20 +154,11 @@ def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) 
         eps=config.optim.eps,
         weight_decay=config.optim.weight_decay,
     )
-
-    # --- position
-    weights_hash = world.from_main(model_hash(config.model) if world.is_main else None)
-
-    def state_at(step: int) -> RunState:
-        return RunState(step, stream.identity, training_maths(config), weights_hash)
-
-    start = 0
     if checkpoint is not None:
-        saved = read_state(checkpoint)
-        check_same_run(checkpoint, saved, state_at(saved.step))
         load_checkpoint(checkpoint, training.trainable, model, optimizer, engine.scaler, world)
-        start = saved.step
     if world.is_main:
+        if overwrite:  # only now: what an earlier run left is not lost to one that cannot start
+            _remove_outputs(config.output_dir)
         write_atomic(config.output_dir / "config.yaml", dump_config(config))
 
     log = RunLog(config.output_dir, is_main=world.is_main, num_steps=num_steps, start=start)
