@@ -112,6 +112,21 @@ def test_wrong_usage_exits_2_with_one_line_and_writes_nothing(
     assert sorted(os.listdir(root)) == before
 
 
+def test_the_number_of_crops_decides_what_gets_in_and_is_recorded(root: Path):
+    Image.new("RGB", (3000, 2)).save(root / "images" / "long.png")
+    write_samples(root / "long.jsonl", [sample("1", "long.png")])
+
+    refused = run("shard", "long.jsonl", "--out_dir", "four", "--num_crops", "4")
+    assert refused.exit_code == 1
+    assert "I105" in refused.output
+    assert "short side becomes 0 pixels at num_crops 4" in refused.output.replace("\n", " ")
+    assert not os.path.exists("four")
+    assert run("shard", "long.jsonl", "--out_dir", "five", "--num_crops", "5").exit_code == 0
+    manifest = open_shards("five").manifest
+    assert manifest.settings.num_crops == 5
+    assert "I105" in manifest.validation.rules
+
+
 def test_verify_says_that_all_is_well():
     run("shard", "good.jsonl", "--out_dir", "out")
     result = run("verify", "out")

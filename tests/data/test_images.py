@@ -1,4 +1,5 @@
 import io
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from phi3v_data.images import (
     decode_image,
     formats_of_extension,
     probe_image,
+    upright_rgb,
 )
 from PIL import Image, PngImagePlugin
 
@@ -105,6 +107,47 @@ def test_sixteen_bits_keep_their_high_byte():
 
     assert decoded.getpixel((0, 0)) == (0x80, 0x80, 0x80)
     assert decoded.getpixel((1, 0)) == (255, 255, 255)
+
+
+def grey_tiff(samples: bytes, width: int, bits: int, photometric: int) -> bytes:
+    """A TIFF of one row, written by hand: Pillow writes neither 12 bits nor negatives."""
+    LONG, SHORT = 4, 3
+    tags = [(256, LONG, width), (257, LONG, 1), (258, SHORT, bits), (259, SHORT, 1)]
+    tags += [(262, SHORT, photometric), (273, LONG, 8), (278, LONG, 1), (279, LONG, len(samples))]
+    body = b"".join(struct.pack("<HHII", tag, type, 1, value) for tag, type, value in tags)
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(samples))
+    return header + samples + struct.pack("<H", len(tags)) + body + bytes(4)
+
+
+def test_twelve_bit_tiffs_keep_their_high_byte():
+    decoded = decode_image(grey_tiff(bytes.fromhex("000400FFF80F"), 4, bits=12, photometric=1))
+
+    assert [decoded.getpixel((x, 0)) for x in range(4)] == [
+        (0, 0, 0),
+        (0x40, 0x40, 0x40),
+        (0xFF, 0xFF, 0xFF),
+        (0x80, 0x80, 0x80),
+    ]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_that_is_stored_as_a_negative_is_turned_to_white_is_white(bits: int):
+    samples = bytes([0, 0x40, 0xFF]) if bits == 8 else struct.pack("<3H", 0, 0x4000, 0xFFFF)
+    decoded = decode_image(grey_tiff(samples + bytes(len(samples) % 2), 3, bits, photometric=0))
+
+    assert [decoded.getpixel((x, 0)) for x in range(3)] == [
+        (255, 255, 255),
+        (0xBF, 0xBF, 0xBF),
+        (0, 0, 0),
+    ]
+
+
+def test_the_image_a_caller_holds_keeps_its_transparency():
+    data = encode(Image.new("L", (2, 2), 7), "PNG", transparency=7)
+    image = Image.open(io.BytesIO(data))
+
+    assert upright_rgb(image).getpixel((0, 0)) == (7, 7, 7)
+    assert image.info["transparency"] == 7
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

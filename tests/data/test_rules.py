@@ -260,6 +260,56 @@ def test_I105_reports_a_side_that_would_become_zero(
     assert codes == (["I105"] if is_extreme else [])
 
 
+@pytest.mark.parametrize(
+    ("size_wh", "num_crops", "message", "help"),
+    [
+        (
+            (3000, 2),
+            4,
+            "image 'x.png' is 3000x2 (width x height): "
+            "its short side becomes 0 pixels at num_crops 4",
+            "crop it, or pad its short side, or use at least 5 crops, here and in training",
+        ),
+        (
+            (1, 9000),
+            16,
+            "image 'x.png' is 1x9000 (width x height): "
+            "its short side becomes 0 pixels at num_crops 16",
+            "crop it, or pad its short side",  # 27 crops are more than the model was made for
+        ),
+    ],
+)
+def test_I105_names_size_crops_and_the_way_out(
+    findings: Findings,
+    root: Path,
+    size_wh: tuple[int, int],
+    num_crops: int,
+    message: str,
+    help: str,
+):
+    Image.new("L", size_wh).save(root / "images" / "x.png")
+    d = one(findings(turn(images=["good.png", "x.png"]), num_crops=num_crops), "I105")
+
+    assert (d.severity, d.message, d.help) == ("error", message, help)
+    assert d.pointer == "/conversations/0/images/1"
+
+
+def test_I105_takes_the_crops_it_advises(findings: Findings, root: Path):
+    Image.new("L", (3000, 2)).save(root / "images" / "x.png")
+
+    assert findings(turn(images=["x.png"]), num_crops=5) == []
+
+
+def test_I105_looks_at_the_size_after_turning(findings: Findings, root: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (400, 1)).save(root / "images" / "x.png", exif=exif)
+
+    assert "is 1x400 (width x height)" in (
+        one(findings(turn(images=["x.png"]), num_crops=1), "I105").message
+    )
+
+
 def test_T101_reports_empty_answers(findings: Findings):
     assert one(findings(turn(assistant=" \n")), "T101").pointer == "/conversations/0/assistant"
     d = one(findings(turn(assistant="a", answers=["a", ""])), "T101")

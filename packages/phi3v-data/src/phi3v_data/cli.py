@@ -196,7 +196,7 @@ NUM_CROPS = click.option(
     type=click.IntRange(1),
     default=16,
     show_default=True,
-    help="Crops an image the model will use; decides which aspect ratios are too extreme.",
+    help="Most crops an image in training (its data.num_crops): how long and thin one may be.",
 )
 CHECK_WORKERS = click.option(
     "--workers", type=click.IntRange(1), help="Threads that decode images.  [one per core]"

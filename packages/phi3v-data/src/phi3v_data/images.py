@@ -11,6 +11,7 @@ One definition of "the picture" for validator, shards and training:
 - 16-bit samples keep their high byte, as Pillow itself does for 16-bit RGB. (`convert("RGB")` of a
   16-bit grey image clips it to white instead.) 32-bit integer and float pixels have no defined
   white level and are refused;
+- the numbers stand as stored: no colour profile (ICC) is applied, nor in the published processor;
 - a file is read only by the decoders in `FORMATS`, none of which starts another program, and only
   up to `MAX_PIXELS`.
 """
@@ -19,9 +20,10 @@ import io
 import os
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -200,6 +202,10 @@ def _has_late_metadata(file: BinaryIO) -> bool:
         position += 12 + length
 
 
+_WHITE_IS_ZERO = 0
+"""A value of TIFF's tag PhotometricInterpretation: the samples are a negative."""
+
+
 def _to_rgb(image: "Image.Image") -> "Image.Image":
     from PIL import Image
 
@@ -207,15 +213,23 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
         return image.copy() if image.readonly else image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         import numpy as np
+        from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-        high_byte = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(high_byte).convert("RGB")
+        tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        # Pillow hands the samples of a 12-bit TIFF on as they are, in 16 bits.
+        num_low_bits = 4 if tags.get(BITSPERSAMPLE) == (12,) else 8
+        high_byte = (np.asarray(image).astype(np.int64) >> num_low_bits).clip(0, 255)
+        if tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
+            high_byte = 255 - high_byte  # Pillow does so itself, but up to 8 bits only
+        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(
             f"mode {image.mode} (32-bit pixels) has no defined white level; save it with 8 bits"
         )
-    # Dropping alpha is what we want; without this Pillow advises RGBA in a warning per palette.
-    image.info.pop("transparency", None)
+    if "transparency" in image.info:
+        # Dropping alpha is what we want; without this Pillow advises RGBA in a warning per palette.
+        image = image.copy()  # the caller's keeps it
+        del image.info["transparency"]
     return image.convert("RGB")
 
 

@@ -9,7 +9,6 @@ each thing wrong. Adding one is a function and an entry in `RULES`.
 """
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,9 @@ Severity = Literal["error", "warning"]
 
 CROP_SIDE_PX = 336
 """Side of a crop of the model."""
+
+MOST_CROPS = 16
+"""Crops an image the published model was trained with, at most: no advice goes beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,30 +314,32 @@ def wrong_extension(sample: Sample, context: Context) -> Iterator[Finding]:
 
 
 def extreme_aspect_ratio(sample: Sample, context: Context) -> Iterator[Finding]:
-    """An image is so long and thin that the model's resizing would give it a side of 0 pixels.
+    """An image is so long and thin that the model's resizing would leave it without a short side.
 
-    The HD transform scales the long side to `s` crops of 336 pixels, `s` being the largest with
-    `s * ceil(s / ratio) <= num_crops`; the short side is that length divided by the ratio, rounded
-    down. Crop the image, or raise `--num_crops`.
+    The model sees an image in crops of 336 x 336 pixels, at most `--num_crops` of them. One that is
+    very long and thin becomes a single row (or column) of them all, 336 x num_crops pixels long,
+    with its short side in proportion, rounded down: nothing, where the long side is more than
+    336 x num_crops times the short side. Crop or pad such an image, or use more crops. Validate
+    with the num_crops you will train with (`data.num_crops`): one that passes at 16 can fail at 4.
     """
     for pointer, path, check in _images(sample, context):
         if check.info:
-            short, long = sorted((check.info.width, check.info.height))
-            if _short_side_px(long, short, context.num_crops) == 0:
+            width, height = check.info.width, check.info.height
+            short, long = sorted((width, height))
+            # Exactly where training refuses: a ratio above 336 lets its crops grow along the long
+            # side alone, so it gets all of them, and int(336 * num_crops / (long / short)) is 0.
+            # In whole numbers the comparison is exact; below 2**53 pixels so is that division's.
+            if long > CROP_SIDE_PX * context.num_crops * short:
+                help = "crop it, or pad its short side"
+                enough = -(-long // (CROP_SIDE_PX * short))
+                if enough <= MOST_CROPS:
+                    help += f", or use at least {enough} crops, here and in training"
                 yield Finding(
-                    f"image {path!r} is {check.info.width}x{check.info.height} (width x height): "
+                    f"image {path!r} is {width}x{height} (width x height): "
                     f"its short side becomes 0 pixels at num_crops {context.num_crops}",
-                    "crop or pad the image",
+                    help,
                     pointer,
                 )
-
-
-def _short_side_px(long_px: int, short_px: int, num_crops: int) -> int:
-    ratio = long_px / short_px
-    scale = 1
-    while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
-        scale += 1
-    return int(CROP_SIDE_PX * scale / ratio)
 
 
 def _images(sample: Sample, context: Context) -> Iterator[tuple[str, str, ImageCheck]]:

@@ -141,7 +141,7 @@ def validate(
         select: code prefixes of the rules to run; all by default.
         ignore: code prefixes of rules not to run.
         allow_missing_answer: the last turn may lack its answer (test splits).
-        num_crops: crops an image that the model will use; decides which aspect ratios are extreme.
+        num_crops: most crops an image in training; decides how long and thin one may be (I105).
         num_workers: threads that decode images; by default one a core.
         progress: called with (bytes done, bytes in all).
 
