@@ -8,7 +8,7 @@ attention request is dropped on load (the caller chooses), `su` is kept as it is
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 CLIP_LARGE_14_336 = {
     "hidden_size": 1024,
@@ -119,3 +119,6 @@ class Phi3VConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         """All of it: the official file leaves no default out, and its readers count on that."""
         return self.to_dict()
+
+
+AutoConfig.register(Phi3VConfig.model_type, Phi3VConfig, exist_ok=True)

@@ -23,6 +23,8 @@ State-dict keys are the published checkpoint's. Its last vision layer and the no
 never computed (features are taken one layer earlier); they are kept, frozen, to be written again.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -41,6 +49,9 @@ from phi3v_train.chat import IGNORE_INDEX
 from phi3v_train.collator import Batch
 from phi3v_train.configuration_phi3_v import Phi3VConfig
 from phi3v_train.hd_transform import CROP, IMAGE_MEAN, IMAGE_STD, num_image_tokens
+
+_recompute = functools.partial(checkpoint, use_reentrant=False)
+"""What gradient checkpointing calls layers with, unless transformers is asked for another way."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, query, key, value) -> attended values; each (..., heads, head_dim)."""
@@ -145,7 +156,10 @@ class CLIPEmbeddings(nn.Module):
         """(N, 3, 336, 336) -> (N, 577, H)."""
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (N, 576, H)
         first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+        tokens = torch.cat([first, patches], dim=1)
+        # Looked up, not read from `.weight`: an offloaded weight is there only during the call.
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return tokens + self.position_embedding(places)
 
 
 class CLIPEncoder(nn.Module):
@@ -166,6 +180,7 @@ class CLIPVisionTower(nn.Module):
         self.encoder = CLIPEncoder(sizes)
         self.post_layernorm = nn.LayerNorm(sizes["hidden_size"], eps=sizes["layer_norm_eps"])
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = _recompute
         for module in self.never_computed():
             module.requires_grad_(False)
 
@@ -178,7 +193,7 @@ class CLIPVisionTower(nn.Module):
         hidden = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.encoder.layers[:-1]:
             if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, implementation, use_reentrant=False)
+                hidden = self._gradient_checkpointing_func(layer, hidden, implementation)
             else:
                 hidden = layer(hidden, implementation)
         return hidden
@@ -348,8 +363,15 @@ class Phi3VAttention(nn.Module):
         heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))
         counts = (self.num_heads, self.num_key_value_heads, self.num_key_value_heads)
         query, key, value = heads.split(counts, dim=-2)
-        attended = attend(self.layer, rotate(query, cos, sin), rotate(key, cos, sin), value)
+        attended = self._attend(attend, rotate(query, cos, sin), rotate(key, cos, sin), value)
         return self.o_proj(attended.flatten(-2))
+
+    @torch.compiler.disable(recursive=True)
+    def _attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # The one planned break in a compiled layer. What `attend` closes over (bounds of segments,
+        # a mask, a cache) and the layer's number differ from call to call and layer to layer, and
+        # each would be a reason to compile again; the kernel behind it gains nothing from a graph.
+        return attend(self.layer, query, key, value)
 
 
 class Phi3VMLP(nn.Module):
@@ -451,6 +473,7 @@ class Phi3VModel(nn.Module):
         )
         self.norm = Phi3VRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = _recompute
 
     def embed(self, input_ids: Tensor, is_image: Tensor, images: ImageInputs | None) -> Tensor:
         """Embed tokens and put image features into their slots.
@@ -481,18 +504,38 @@ class Phi3VModel(nn.Module):
                 f"the prompt has {num_slots} image slots, the {len(images.crop_grid)} images have "
                 f"{len(features)} tokens; was the text encoded with another num_crops?"
             )
-        return hidden.masked_scatter(is_image[..., None], features.to(hidden.dtype))
+        return hidden.masked_scatter(is_image[..., None], features.to(hidden))
 
-    def decode(self, hidden: Tensor, positions: Tensor, is_long: Tensor, attend: Attend) -> Tensor:
-        """Run the decoder: (..., H) -> (..., H)."""
+    def decode(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        is_long: Tensor,
+        attend: Attend,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Run the decoder: (..., H) -> (..., H).
+
+        Args:
+            hidden: embedded tokens.
+            positions: of `rope_tables`.
+            is_long: of `rope_tables`.
+            attend: attention over the tokens and what came before.
+            states: gets each layer's input, then the result.
+        """
         cos, sin = rope_tables(self.config, positions, is_long)
         cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
         for layer in self.layers:
+            if states is not None:
+                states.append(hidden)
             if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, cos, sin, attend, use_reentrant=False)
+                hidden = self._gradient_checkpointing_func(layer, hidden, cos, sin, attend)
             else:
                 hidden = layer(hidden, cos, sin, attend)
-        return self.norm(hidden)
+        hidden = self.norm(hidden)
+        if states is not None:
+            states.append(hidden)
+        return hidden
 
     def packed(self, batch: Batch) -> Tensor:
         """Hidden states of a packed row: (T, hidden_size)."""
@@ -513,8 +556,17 @@ class Phi3VModel(nn.Module):
             lengths, output_size=len(batch.input_ids)
         )
 
+        implementation = self.config._attn_implementation or "sdpa"
+
         def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attention.varlen(query, key, value, batch.cu_seqlens, batch.max_seqlen)
+            return attention.varlen(
+                query,
+                key,
+                value,
+                batch.cu_seqlens,
+                batch.max_seqlen,
+                implementation=implementation,
+            )
 
         return self.decode(hidden, batch.position_ids, is_long, attend)
 
@@ -527,12 +579,33 @@ class Phi3VPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = ["Phi3VDecoderLayer", "CLIPLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected = [
         r"model\.vision_embed_tokens\.wte\.weight",
         r".*\.position_ids$",
     ]
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        # Before transformers looks at it: its own message does not name our extra, and where the
+        # `kernels` package is installed it would download a kernel instead.
+        config._attn_implementation = attention.check_implementation(config._attn_implementation)
+        super().__init__(config)
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
+    ) -> None:
+        """Choose the attention of a loaded model: `sdpa`, `eager` or `flash_attention_2`.
+
+        Raises:
+            ValueError: another name, or a dict (transformers' way to name parts of a model; here
+                one choice holds for all of it).
+            ImportError: flash-attn was asked for and cannot be imported.
+        """
+        if not isinstance(attn_implementation, str):
+            raise ValueError(f"expected one name for the whole model, got {attn_implementation!r}")
+        self.config._attn_implementation = attention.check_implementation(attn_implementation)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -546,6 +619,9 @@ class Phi3VPreTrainedModel(PreTrainedModel):
 
 class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
     """The model with its language head; see the module docstring for its two ways in."""
+
+    accepts_loss_kwargs = True
+    """Tells transformers' Trainer that `forward` takes `num_items_in_batch`."""
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
@@ -582,13 +658,17 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
-        crop_grid: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        crop_grid: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """The published model's call.
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """The published model's call: its arguments in its order, then three of ours by name.
 
         Args:
             input_ids: int64 (B, T). Image slots hold negative numbers (image n as `-n` repeated,
@@ -600,18 +680,30 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             pixel_values: float (I, num_crops + 1, 3, 336, 336) with `image_sizes`, or uint8
                 (C, 3, 336, 336) with `crop_grid`.
             image_sizes: int (I, 2): (height, width) of the padded images.
-            crop_grid: int (I, 2): (rows, columns) of local crops.
             labels: int64 (B, T), aligned with `input_ids`; -100 where no loss.
             use_cache: return keys and values.
+            output_attentions: not offered; no attention used here returns its weights.
+            output_hidden_states: return the input of every layer and the last norm's output.
+            return_dict: False: a tuple of what is not None, in the order below.
+            crop_grid: int (I, 2): (rows, columns) of local crops.
             logits_to_keep: compute logits for this many last positions only (0: all).
-            kwargs: ignored, as in the published model.
+            num_items_in_batch: what the summed loss is divided by, instead of the number of
+                labels in this batch; a trainer that accumulates gradients knows it.
 
         Returns:
-            loss (mean over labels), logits (B, T or fewer, vocab_size) and the cache.
+            loss (mean over labels), logits (B, T or fewer, vocab_size), the cache, and the hidden
+            states, (B, T, hidden_size) each, one more than layers.
 
         Raises:
-            ValueError: images and image slots that don't match.
+            ValueError: images and image slots that don't match; attention weights asked for.
+            TypeError: an argument of another name; the published model knows no others either,
+                and a misspelt `pixel_values` must not become a model that sees no picture.
         """
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions: attention weights are not kept (neither sdpa nor the flash "
+                "kernels return them); expected False"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected one of input_ids and inputs_embeds, got both or none")
         images = self._image_inputs(pixel_values, image_sizes, crop_grid)
@@ -644,25 +736,39 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         limit = self.config.original_max_position_embeddings
         is_long = (real.amax(dim=1, keepdim=True) >= limit).expand(-1, num_new)
         implementation = self.config._attn_implementation or "sdpa"
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states: list[Tensor] | None = [] if output_hidden_states else None
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             if cache is not None:
                 key, value = cache.update(key, value, layer)
-            attended = attention.dense(query, key, value, mask, implementation=implementation)
+            seen = mask.to(query.device)  # a layer may be on another device than the first
+            attended = attention.dense(query, key, value, seen, implementation=implementation)
             return attended.transpose(1, 2)
 
-        hidden = self.model.decode(hidden, position_ids, is_long, attend)
+        hidden = self.model.decode(hidden, position_ids, is_long, attend, states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
             loss = F.cross_entropy(
                 logits[:, :-1].float().flatten(0, 1),
-                labels[:, 1:].flatten(),
+                labels[:, 1:].flatten().to(logits.device),
                 ignore_index=IGNORE_INDEX,
+                reduction="mean" if num_items_in_batch is None else "sum",
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=None if states is None else tuple(states),
+        )
+        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
+        return output.to_tuple() if as_tuple else output
 
     @staticmethod
     def _image_inputs(
@@ -706,6 +812,33 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def _expand_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """As in transformers, for beams and several answers; each row takes its own images along.
+
+        transformers repeats every tensor entry by entry, [A, B] -> [A, A, B, B]. A row with the
+        images A and B must become two rows with A, B, A, B, and a row without any has none to
+        repeat.
+        """
+        names = ("pixel_values", "image_sizes", "crop_grid")
+        pictures = {n: model_kwargs.pop(n) for n in names if model_kwargs.get(n) is not None}
+        if expand_size > 1 and input_ids is not None and "pixel_values" in pictures:
+            is_slot = (input_ids < 0) | (input_ids == self.config.image_token_id)
+            pictures = repeat_images(pictures, is_slot.sum(dim=1).tolist(), expand_size)
+        # Pyright cannot bind the mixin's self-typed methods to a real model.
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        return input_ids, {**model_kwargs, **pictures}
+
     def _outgrows_short_factors(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
         limit = self.config.original_max_position_embeddings
         if self.config.rope_factors is None or input_ids.shape[1] <= limit:
@@ -713,6 +846,42 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         if attention_mask is None:
             return input_ids.shape[1] == limit + 1
         return bool((attention_mask.sum(dim=-1) == limit + 1).any())
+
+
+def repeat_images(
+    pictures: dict[str, Tensor], num_slots: Sequence[int], times: int
+) -> dict[str, Tensor]:
+    """Repeat each row's images as a group: of rows with [A, B], [] and [C], A B A B C C.
+
+    Args:
+        pictures: `pixel_values` with `image_sizes` or `crop_grid`, as in the model's call.
+        num_slots: image slots of each row.
+        times: how often.
+
+    Raises:
+        ValueError: the images don't fill the rows one after another.
+    """
+    if "crop_grid" in pictures:
+        grid = pictures["crop_grid"]
+    elif "image_sizes" in pictures:
+        grid = pictures["image_sizes"] // CROP
+    else:
+        return pictures  # the model's call will say what is missing
+    num_tokens = [num_image_tokens(rows, columns) for rows, columns in grid.tolist()]
+    starts = [0, *itertools.accumulate(num_tokens)]
+    ends = [0, *itertools.accumulate(num_slots)]
+    if not set(ends) <= set(starts) or ends[-1] != starts[-1]:
+        raise ValueError(
+            "expected images that fill the rows one after another, got rows with "
+            f"{list(num_slots)} image slots and images of {num_tokens} tokens"
+        )
+    order: list[int] = []
+    for start, end in itertools.pairwise(ends):
+        order += [*range(starts.index(start), starts.index(end))] * times
+    repeated = {name: tensor[order] for name, tensor in pictures.items() if name != "pixel_values"}
+    views = pictures["pixel_values"]
+    per_image = views.split(grid.prod(dim=1).tolist() if "crop_grid" in pictures else 1)
+    return {"pixel_values": torch.cat([per_image[image] for image in order]), **repeated}
 
 
 def causal_mask(
@@ -736,3 +905,7 @@ def causal_mask(
     if attention_mask is None:
         return mask
     return (mask & (attention_mask != 0)[:, None, None, :]) | (keys == queries)
+
+
+for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto_class.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
