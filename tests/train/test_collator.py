@@ -8,9 +8,10 @@ import torch
 from beartype import beartype
 from jaxtyping import Int32, Int64, UInt8, jaxtyped
 from phi3v_data import ShardReader
+from phi3v_data.images import decode_image
 from phi3v_train.chat import IGNORE_INDEX
 from phi3v_train.collator import Batch, SampleEncoder, collate, dummy_row
-from phi3v_train.hd_transform import CROP
+from phi3v_train.hd_transform import CROP, Resize, hd_crops
 from PIL import Image
 from torch import Tensor
 
@@ -132,6 +133,33 @@ def test_an_image_too_thin_for_any_layout_is_named(toy: tuple[SampleEncoder, Sha
     Image.new("RGB", (8000, 1)).save(file, "PNG")
     with pytest.raises(ValueError, match=r"^sample 'thin', image 'thread\.png': .*too long"):
         toy[0](sample, [file.getvalue()])
+
+
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+def test_the_crops_of_a_sample_are_those_of_its_images_in_order(
+    toy: tuple[SampleEncoder, ShardReader], resize: Resize
+) -> None:
+    _, reader = toy
+    encoder = SampleEncoder(toy[0].chat, num_crops=4, resize=resize)
+    for number in range(3):  # no image, one, two
+        record = reader[number]
+        encoded = encoder(record.sample, record.images)
+        crops = [hd_crops(decode_image(data), 4, resize) for data in record.images]
+        assert [len(image) for image in crops] == encoded.crop_grid.prod(1).tolist()
+        assert np.array_equal(encoded.crops, np.concatenate([encoded.crops[:0], *crops]))
+
+
+def test_images_are_resized_exactly_unless_asked_otherwise(
+    toy: tuple[SampleEncoder, ShardReader],
+) -> None:
+    encoder, reader = toy
+    record = reader[1]
+    exact, fast = (
+        SampleEncoder(encoder.chat, 4, resize)(record.sample, record.images).crops
+        for resize in ("exact", "fast")
+    )
+    assert np.array_equal(encoder(record.sample, record.images).crops, exact)
+    assert not np.array_equal(fast, exact)
 
 
 def test_crops_are_of_the_size_the_vision_tower_takes(

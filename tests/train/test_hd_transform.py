@@ -1,8 +1,18 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from phi3v_train.hd_transform import CROP, cut_crops, hd_image, hd_layout, num_image_tokens
+from phi3v_train.hd_transform import (
+    CROP,
+    MAX_FAST_STEPS,
+    cut_crops,
+    hd_crops,
+    hd_image,
+    hd_layout,
+    num_image_tokens,
+)
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -91,6 +101,93 @@ def test_the_padding_is_white_and_the_picture_lies_in_the_middle() -> None:
     assert (canvas[588:] == 255).all()
 
 
-def test_an_image_that_is_not_rgb_is_refused() -> None:
+# Landscape, portrait and square; shrunk and enlarged; padded on both sides, on one, and not at all.
+SHAPES = [
+    (640, 480, 4),
+    (480, 640, 4),
+    (640, 480, 16),
+    (850, 1100, 16),
+    (336, 336, 1),
+    (50, 50, 16),
+    (337, 20, 4),
+    (3, 400, 9),
+    (671, 672, 4),
+]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    random = np.random.default_rng(width * height)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def published_hd_image(image: Image.Image, num_crops: int) -> np.ndarray:
+    """The published steps: a portrait is transposed, resized in one call, and transposed back."""
+    is_portrait = image.height > image.width
+    if is_portrait:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    layout = hd_layout(image.width, image.height, num_crops)
+    (height, width), (rows, columns) = layout.resized_hw, layout.grid
+    canvas = Image.new("RGB", (columns * CROP, rows * CROP), "white")
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    canvas.paste(resized, (0, layout.top_left[0]))
+    return np.asarray(canvas.transpose(Image.Transpose.TRANSPOSE) if is_portrait else canvas)
+
+
+@pytest.mark.parametrize(("width", "height", "num_crops"), SHAPES)
+def test_crops_are_those_of_the_published_steps_bit_for_bit(
+    width: int, height: int, num_crops: int
+) -> None:
+    image = noise(width, height)
+    canvas = published_hd_image(image, num_crops)
+    assert np.array_equal(hd_image(image, num_crops), canvas)
+    crops = hd_crops(image, num_crops)
+    assert np.array_equal(crops, cut_crops(canvas))
+    assert crops.flags.c_contiguous
+    assert crops.flags.writeable
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 16))
+def test_crops_of_any_shape_are_the_tiles_of_its_canvas(
+    width: int, height: int, num_crops: int
+) -> None:
+    image = noise(width, height)
+    try:
+        canvas = hd_image(image, num_crops)
+    except ValueError:
+        with pytest.raises(ValueError, match="too long and thin"):
+            hd_crops(image, num_crops)
+        return
+    assert np.array_equal(hd_crops(image, num_crops), cut_crops(canvas))
+
+
+@needs_parity
+def test_crops_of_the_recorded_pictures_are_exact() -> None:
+    for case in read_json("processor/cases.json")["cases"]:
+        image = Image.open(PARITY / "processor" / case["image"]).convert("RGB")
+        recorded = np.asarray(Image.open(PARITY / "processor" / case["hd_image"]))
+        assert np.array_equal(hd_crops(image, case["num_crops"]), cut_crops(recorded)), case["name"]
+
+
+@pytest.mark.parametrize(("width", "height", "num_crops"), SHAPES)
+def test_a_fast_resize_stays_within_its_documented_deviation(
+    width: int, height: int, num_crops: int
+) -> None:
+    image = noise(width, height)
+    exact = hd_crops(image, num_crops).astype(np.int16)
+    steps = np.abs(hd_crops(image, num_crops, "fast") - exact)
+    assert steps.max() <= MAX_FAST_STEPS
+    assert steps.mean() < 0.3  # noise is the worst case; of a photo it is a tenth
+
+
+def test_a_fast_resize_is_not_exact() -> None:
+    image = noise(640, 480)
+    assert not np.array_equal(hd_crops(image, 4, "fast"), hd_crops(image, 4))
+
+
+@pytest.mark.parametrize("transform", [hd_image, hd_crops])
+def test_an_image_that_is_not_rgb_is_refused(
+    transform: Callable[[Image.Image, int], object],
+) -> None:
     with pytest.raises(ValueError, match="expected an RGB image, got mode L"):
-        hd_image(Image.new("L", (10, 10)), 1)
+        transform(Image.new("L", (10, 10)), 1)

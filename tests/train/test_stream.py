@@ -1,13 +1,14 @@
 import multiprocessing
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from phi3v_train.collator import Batch
+from phi3v_train.plan import plan_changes
 from phi3v_train.stream import StreamSettings, TrainStream, measure_shards, open_stream
 
 from tests.train.builders import open_toy
@@ -62,6 +63,19 @@ def test_resume_yields_the_rows_that_would_have_come_next(
     whole = list(stream.steps())
     resumed = list(changed(stream, num_workers=num_workers).steps(start=2))
     assert_same_rows(resumed, whole[2:])
+
+
+def test_another_way_of_resizing_gives_other_pixels_and_is_another_identity(
+    stream: TrainStream, tiny: Path, toy_shards: Path
+) -> None:
+    fast = open_stream(toy_shards, tiny, replace(SETTINGS, resize="fast"))
+    assert plan_changes(asdict(stream.identity), fast.identity) == ("resize: exact -> fast",)
+    ((_, rows),), ((_, fast_rows),) = stream.steps(0, 1), fast.steps(0, 1)
+    assert names(rows) == names(fast_rows)
+    pairs = [
+        (row.pixel_values, other.pixel_values) for row, other in zip(rows, fast_rows, strict=True)
+    ]
+    assert not all(torch.equal(exact, other) for exact, other in pairs)
 
 
 def test_a_step_may_be_the_last_one_asked_for(stream: TrainStream) -> None:

@@ -30,7 +30,7 @@ from phi3v_data.schema import Sample
 from torch import Tensor
 
 from phi3v_train.chat import IGNORE_INDEX, ChatEncoder
-from phi3v_train.hd_transform import CROP, cut_crops, hd_image, hd_layout
+from phi3v_train.hd_transform import CROP, Resize, hd_crops, hd_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +84,13 @@ class SampleEncoder:
     Args:
         chat: the tokenizer's side.
         num_crops: most local crops an image may have.
+        resize: `exact`, or `fast`; see `phi3v_train.hd_transform`.
     """
 
-    def __init__(self, chat: ChatEncoder, num_crops: int) -> None:
+    def __init__(self, chat: ChatEncoder, num_crops: int, resize: Resize = "exact") -> None:
         self.chat = chat
         self.num_crops = num_crops
+        self.resize: Resize = resize
 
     def __call__(
         self,
@@ -108,22 +110,22 @@ class SampleEncoder:
             ValueError: an image that does not decode or has no layout, or text that does not
                 match the images; the message names the sample and the image.
         """
-        canvases: list[NDArray[np.uint8]] = []
+        crops: list[NDArray[np.uint8]] = []
+        grids: list[tuple[int, int]] = []
         for path, data in zip(sample.images, images, strict=True):
             try:
-                canvases.append(hd_image(decode_image(data), self.num_crops))
+                picture = decode_image(data)
+                crops.append(hd_crops(picture, self.num_crops, self.resize))
+                grids.append(hd_layout(*picture.size, self.num_crops).grid)
             except (ImageError, ValueError) as error:
                 raise ValueError(f"sample {sample.id!r}, image {path!r}: {error}") from error
-        grids = [(canvas.shape[0] // CROP, canvas.shape[1] // CROP) for canvas in canvases]
         text = self.chat.encode_text(sample, for_generation=for_generation)
         input_ids, labels = self.chat.assemble(text, grids)
         return EncodedSample(
             sample_id=sample.id,
             input_ids=input_ids,
             labels=labels,
-            crops=np.concatenate([cut_crops(canvas) for canvas in canvases])
-            if canvases
-            else np.zeros((0, 3, CROP, CROP), dtype=np.uint8),
+            crops=_joined(crops) if crops else np.zeros((0, 3, CROP, CROP), dtype=np.uint8),
             crop_grid=np.array(grids, dtype=np.int32).reshape(-1, 2),
         )
 
@@ -155,10 +157,15 @@ def collate(samples: Sequence[EncodedSample]) -> Batch:
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         max_seqlen=max(lengths),
         sample_ids=tuple(sample.sample_id for sample in samples),
-        pixel_values=torch.from_numpy(np.concatenate([sample.crops for sample in samples])),
+        pixel_values=torch.from_numpy(_joined([sample.crops for sample in samples])),
         crop_grid=torch.from_numpy(np.concatenate([sample.crop_grid for sample in samples])),
         num_label_tokens=int((labels != IGNORE_INDEX).sum()),
     )
+
+
+def _joined(crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """All crops in one array; a single array, the common case of large pages, is not copied."""
+    return crops[0] if len(crops) == 1 else np.concatenate(crops)
 
 
 def dummy_row(token_id: int) -> Batch:

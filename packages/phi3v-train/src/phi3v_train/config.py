@@ -113,6 +113,9 @@ class DataConfig(_Section):
     num_crops: Count = 16
     """Most crops of 336 x 336 an image is cut into; 4 suits video frames, 16 documents."""
 
+    resize: Literal["exact", "fast"] = "exact"
+    """`exact`: the published processor's pixels, bit for bit; `fast`: at most 2 of 255 off."""
+
     max_tokens_per_row: Count = 8192
     """Capacity of a packed row, in tokens. The first setting to lower when memory runs out."""
 

@@ -297,6 +297,8 @@ class PlanSettings:
     max_tokens_per_row: int
     seed: int
     global_batch_size: int
+    resize: str = "exact"
+    """How images are resized; `exact` is also what a checkpoint was that does not say it."""
     version: int = PLAN_VERSION
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from phi3v_train.chat import ChatEncoder
 from phi3v_train.collator import Batch, SampleEncoder, collate, dummy_row
+from phi3v_train.hd_transform import Resize
 from phi3v_train.plan import EpochPlan, PlanSettings, Row, plan_epoch, split_overlong
 
 MOST_NAMED = 5
@@ -41,6 +42,8 @@ class StreamSettings:
     seed: int
     overlong: str = "error"
     """`error` or `drop`: what becomes of samples longer than a row."""
+    resize: Resize = "exact"
+    """How images are resized; see `phi3v_train.hd_transform`."""
     rank: int = 0
     world_size: int = 1
     num_workers: int = 0
@@ -153,6 +156,7 @@ class TrainStream:
             max_tokens_per_row=self.settings.max_tokens_per_row,
             seed=self.settings.seed,
             global_batch_size=self.settings.global_batch_size,
+            resize=self.settings.resize,
         )
 
     @property
@@ -270,5 +274,5 @@ def open_stream(
         ValueError: not shards, not a model folder, or samples longer than a row.
     """
     reader = open_shards(shards)
-    encoder = SampleEncoder(ChatEncoder(model_folder), settings.num_crops)
+    encoder = SampleEncoder(ChatEncoder(model_folder), settings.num_crops, settings.resize)
     return TrainStream(reader, encoder, measure_shards(reader, encoder, on_progress), settings)

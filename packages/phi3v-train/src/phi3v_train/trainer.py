@@ -316,6 +316,7 @@ def _open_stream(config: TrainConfig, world: World) -> TrainStream:
         num_epochs=_num_epochs(config),
         seed=config.seed,
         overlong=config.data.overlong,
+        resize=config.data.resize,
         rank=world.rank,
         world_size=world.world_size,
         num_workers=config.data.num_workers,
