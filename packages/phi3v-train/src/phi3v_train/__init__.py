@@ -3,11 +3,14 @@
     import phi3v_train                       # light: torch is imported when a name is used
     model = phi3v_train.Phi3VForCausalLM.from_pretrained(folder)
 
-Each name is imported from its module when first used: transformers alone takes seconds.
+Each name is imported from its module when first used: transformers alone takes seconds. After this
+import, transformers' Auto classes know the model too (see `auto`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from phi3v_train.auto import register_on_import
 
 if TYPE_CHECKING:
     from phi3v_train.chat import ChatEncoder as ChatEncoder
@@ -49,3 +52,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return list(__all__)
+
+
+register_on_import()
