@@ -51,6 +51,7 @@ def main(traceback: bool) -> None:
       phi3v-train init tiny models/tiny
       phi3v-train launch model=models/tiny output_dir=runs/first data.train=shards/train
       phi3v-train eval --model runs/first/model --data shards/val
+      phi3v-train generate --model runs/first/model --image a.jpg --prompt "What is it?"
 
     Shards are made by phi3v-data.
     """
@@ -231,6 +232,99 @@ def eval_command(
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     click.echo(result)
+
+
+@main.command("generate")
+@click.option(
+    "--model", required=True, type=click.Path(path_type=Path), help="Hugging Face model folder."
+)
+@click.option(
+    "--image", "images", multiple=True, metavar="PATH", help="A picture; may be given many times."
+)
+@click.option("--prompt", required=True, help="The question.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="LoRA adapter folder to put on.")
+@click.option(
+    "--num_crops",
+    type=click.IntRange(1),
+    help="Crops an image is cut into.  [default: what the model folder says]",
+)
+@click.option(
+    "--max_new_tokens",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Longest answer, in tokens.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="0: the likeliest answer; above: sampled.",
+)
+@click.option(
+    "--top_p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Sample among the likeliest tokens of this total probability.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the sampling.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@_one_line_errors
+def generate_command(
+    model: Path,
+    images: tuple[str, ...],
+    prompt: str,
+    adapter: Path | None,
+    num_crops: int | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    device: str,
+) -> None:
+    """Ask one question about some pictures.
+
+    The pictures come before the question, in the order given; or put them yourself with
+    <|image_1|>, <|image_2|> ... in the prompt. The answer goes to stdout as it comes, the rest
+    to stderr.
+
+    \b
+      phi3v-train generate --model models/phi-3.5-vision --image a.jpg --image b.jpg \\
+          --prompt "What is the difference?"
+      phi3v-train generate --model runs/full/model --image page.png --num_crops 16 \\
+          --prompt "What is the date of the letter?"
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("loading torch and transformers") as status:
+        from phi3v_train.generate import generate, load
+
+        status.update(f"loading {model}")
+        loaded, processor = load(model, adapter=adapter, num_crops=num_crops, device=device)
+        status.update(f"reading {len(images)} images and the question")
+
+        def show(text: str) -> None:
+            status.stop()
+            click.echo(text, nl=False)
+
+        answer = generate(
+            loaded,
+            processor,
+            prompt,
+            images,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            on_text=show,
+        )
+    click.echo()
+    console.print(answer.speed, style="dim", soft_wrap=True)
 
 
 if __name__ == "__main__":
