@@ -6,60 +6,23 @@ import torch
 from phi3v_train.collator import EncodedSample, collate
 from phi3v_train.configuration_phi3_v import Phi3VConfig
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM, merge_patches, tile_crops
-from phi3v_train.processing_phi3_v import Phi3VProcessor
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.train.parity import (
+    FORWARD_CASES,
     PARITY,
+    inputs_of,
     model_inputs,
+    model_of,
     needs_parity,
     probe,
     read_case,
     read_json,
-    reference_model,
+    real_positions,
 )
 
-FORWARD_CASES = [
-    "text_only",
-    "text_only_no_mask",
-    "one_image",
-    "two_images",
-    "batch_recipe_mask",
-    "batch_length_mask",
-    "rope_len_64",
-    "rope_len_65",
-    "rope_long_image",
-    "rope_padded_batch_row1_alone",
-    "end_to_end",
-]
 LONG_CASES = ["rope_len_64", "rope_len_65", "rope_padded_batch_row1_alone"]
-
-
-def inputs_of(name: str, case: dict[str, Tensor]) -> dict[str, Tensor]:
-    inputs = model_inputs(case)
-    recipe = read_json("model/cases.json")[name]
-    if "image" in recipe:  # the picture itself, not its views, was recorded
-        folder = PARITY / "phi-3.5-vision"
-        processor = Phi3VProcessor.from_pretrained(folder, num_crops=recipe["num_crops"])
-        image = Image.open(PARITY / "model" / recipe["image"])
-        prompt = f"<|user|>\n{recipe['messages'][0]['content']}<|end|>\n<|assistant|>\n"
-        encoded = processor(prompt, [image])
-        prompt_ids = inputs["input_ids"][:, : encoded["input_ids"].shape[1]]
-        assert torch.equal(encoded["input_ids"], prompt_ids)
-        inputs["pixel_values"] = encoded["pixel_values"]
-    return inputs
-
-
-def real_positions(case: dict[str, Tensor]) -> Tensor:
-    mask = case.get("attention_mask", torch.ones_like(case["input_ids"]))
-    return mask.bool()
-
-
-def model_of(name: str, implementation: str = "sdpa") -> Phi3VForCausalLM:
-    config = read_json("model/cases.json")[name]["config"]
-    return reference_model(config, attn_implementation=implementation)
 
 
 def assert_logits(logits: Tensor, case: dict[str, Tensor], columns: Tensor) -> None:
