@@ -39,6 +39,7 @@ from transformers import (
     AutoModelForImageTextToText,
     DynamicCache,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
@@ -706,6 +707,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected one of input_ids and inputs_embeds, got both or none")
+        if past_key_values is not None and past_key_values.is_compileable:
+            raise ValueError(
+                "past_key_values: expected a cache that grows, got one of fixed length "
+                f"({type(past_key_values).__name__}); leave cache_implementation at its default"
+            )
         images = self._image_inputs(pixel_values, image_sizes, crop_grid)
         if input_ids is None:
             assert inputs_embeds is not None
@@ -798,8 +804,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         a row past `original_max_position_embeddings` recomputes the prompt, pictures included,
         with an empty cache. The published model does the same.
         """
-        has_past = past_key_values is not None and not is_first_iteration
-        if has_past and self._outgrows_short_factors(input_ids, attention_mask):
+        if past_key_values is not None and self._outgrows_short_factors(
+            input_ids.shape[1], past_key_values.get_seq_length(), attention_mask
+        ):
             past_key_values, next_sequence_length, is_first_iteration = DynamicCache(), None, True
         # Pyright cannot bind the mixin's self-typed methods to a real model.
         return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
@@ -839,13 +846,42 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         )
         return input_ids, {**model_kwargs, **pictures}
 
-    def _outgrows_short_factors(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    def _outgrows_short_factors(
+        self, num_tokens: int, num_past: int, attention_mask: Tensor | None
+    ) -> bool:
+        """Whether a row is longer than the original limit now, and was not in the cache."""
         limit = self.config.original_max_position_embeddings
-        if self.config.rope_factors is None or input_ids.shape[1] <= limit:
+        if self.config.rope_factors is None or num_past == 0 or num_tokens <= limit:
             return False
         if attention_mask is None:
-            return input_ids.shape[1] == limit + 1
-        return bool((attention_mask.sum(dim=-1) == limit + 1).any())
+            return num_past <= limit
+        now, before = attention_mask.sum(dim=-1), attention_mask[:, :num_past].sum(dim=-1)
+        return bool(((now > limit) & (before <= limit)).any())
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """As in transformers, over ids that are all in the vocabulary."""
+        return _SlotsAsTokens(
+            super()._get_logits_processor(*args, **kwargs),  # pyright: ignore[reportAttributeAccessIssue]
+            self.config.image_token_id,
+        )
+
+
+class _SlotsAsTokens(LogitsProcessorList):
+    """Processors that see the image token where the prompt has negative ids.
+
+    A repetition penalty looks the prompt's ids up among the logits, where -1 is nowhere.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, image_token_id: int) -> None:
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return super().__call__(
+            input_ids.masked_fill(input_ids < 0, self.image_token_id),  # pyright: ignore[reportArgumentType]
+            scores,
+            **kwargs,
+        )
 
 
 def repeat_images(
