@@ -206,3 +206,23 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
             titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w -]", "", t).strip().lower().replace(" ", "-") for t in titles}
             assert anchor in anchors, f"{page_name(page)}: {target}"
+
+
+# --- code -----------------------------------------------------------------------------------------
+
+
+def test_the_python_of_the_model_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from phi3v_train.tiny import init_tiny
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    init_tiny("models/tiny")
+    Image.new("RGB", (400, 300), "red").save("a.jpg")
+    Image.new("RGB", (300, 400), "blue").save("b.jpg")
+    page = (ROOT / "docs" / "model.md").read_text()
+    blocks = [block for language, block in FENCE.findall(page) if language == "python"]
+    assert len(blocks) == 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/model.md", "exec"), names)
+    assert isinstance(names["answer"], str)
