@@ -22,18 +22,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from phi3v_train import attention
 from phi3v_train.collator import EncodedSample, collate
-from phi3v_train.configuration_phi3_v import Phi3VConfig
-from phi3v_train.modeling_phi3_v import Phi3VForCausalLM, causal_mask, normalize_views
+from phi3v_train.modeling_phi3_v import Phi3VForCausalLM, causal_mask
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from tests.train.parity import needs_parity, read_case, reference_model
+from tests.train.small_models import IMAGE_TOKEN, Prompt, call_inputs, packed_row, small_model
 
 BOTH = pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 LIMIT = 64
-"""Tokens up to which the small model below has short rotary factors."""
+"""Tokens up to which the models below have short rotary factors."""
 
 without_flash_attn = pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed"
@@ -163,40 +163,6 @@ def test_the_varlen_kernel_compiles_into_one_graph(ampere: Callable[..., Tensor]
 # --- the user's choice ----------------------------------------------------------------------------
 
 
-def small_config(**changes: Any) -> Phi3VConfig:
-    return Phi3VConfig(
-        **{
-            "vocab_size": 128,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "original_max_position_embeddings": LIMIT,
-            "max_position_embeddings": 2048,
-            "rope_scaling": {
-                "type": "su",
-                "short_factor": [1.0 + 0.1 * i for i in range(8)],
-                "long_factor": [1.0 + 2.0 * i for i in range(8)],
-            },
-            "initializer_range": 0.1,
-            "pad_token_id": 0,
-            "image_token_id": 5,
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-            },
-            **changes,
-        }
-    )
-
-
-def small_model(**changes: Any) -> Phi3VForCausalLM:
-    torch.manual_seed(0)
-    return Phi3VForCausalLM(small_config(**changes)).eval()
-
-
 def test_an_unknown_attention_is_refused_with_the_choices() -> None:
     for name in ("flash_attention_3", "flex_attention", "kernels-community/flash-attn2", "spda"):
         with pytest.raises(ValueError, match="expected one of sdpa, eager, flash_attention_2"):
@@ -245,13 +211,14 @@ class SdpaCalls(TorchFunctionMode):
 
 def test_the_choice_holds_for_packed_rows_padded_batches_and_vision_and_can_change() -> None:
     model = small_model(attn_implementation="eager")
-    row = collate([toy_sample("image", [(1, 1)], 20, 1), toy_sample("text", [], 20, 2)])
+    picture = Prompt(20, ((1, 1),), seed=1)
+    row = packed_row(picture, Prompt(20, seed=2))
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         with torch.no_grad(), SdpaCalls() as packed:
             model.packed_loss(row)
         with torch.no_grad(), SdpaCalls() as padded:
-            model(**official_inputs(toy_sample("image", [(1, 1)], 20, 1)))
+            model(**call_inputs(picture))
         # Two decoder layers of two segments, or of one batch; two computed vision layers.
         counts = (len(packed.inputs), len(padded.inputs))
         assert counts == ((0, 0) if implementation == "eager" else (2 * 2 + 2, 2 + 2))
@@ -313,14 +280,14 @@ def test_flash_attn_gets_its_documented_arguments(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("flash_attn")
 def test_flash_attn_is_used_for_packed_rows_only() -> None:
     model = small_model().bfloat16()
-    row = collate([toy_sample("a", [], 20, 1), toy_sample("b", [], 30, 2)])
+    row = packed_row(Prompt(20, seed=1), Prompt(30, seed=2))
     with torch.no_grad():
         expected = model.packed_loss(row)
         model.set_attn_implementation("flash_attention_2")
         with SdpaCalls() as packed:
             loss = model.packed_loss(row)
         with SdpaCalls() as padded:
-            model(**official_inputs(toy_sample("a", [], 20, 1)))
+            model(**call_inputs(Prompt(20, seed=1)))
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
     assert not packed.inputs
     assert len(padded.inputs) == 2
@@ -336,69 +303,39 @@ def test_flash_attn_refuses_float32_with_the_ways_out() -> None:
 # --- a packed row gives every sample what it has alone --------------------------------------------
 
 
-def toy_sample(name: str, grid: list[tuple[int, int]], num_text: int, seed: int) -> EncodedSample:
-    random = np.random.default_rng(seed)
-    num_crops = sum(rows * columns for rows, columns in grid)
-    slots = sum((r * c + 1) * 144 + 1 + (r + 1) * 12 for r, c in grid)
-    text = random.integers(6, 128, num_text)
-    start = min(3, num_text)
-    ids = np.concatenate([text[:start], np.full(slots, 5), text[start:]]).astype(np.int64)
-    answer = min(4, num_text - 1)
-    labels = np.full(len(ids), -100, dtype=np.int64)
-    labels[len(ids) - answer :] = ids[len(ids) - answer :]
-    return EncodedSample(
-        sample_id=name,
-        input_ids=ids,
-        labels=labels,
-        crops=random.integers(0, 256, (num_crops, 3, 336, 336), dtype=np.uint8),
-        crop_grid=np.array(grid, dtype=np.int32).reshape(-1, 2),
-    )
-
-
-def official_inputs(sample: EncodedSample, num_extra_views: int = 0) -> dict[str, Tensor]:
-    """The same sample in the published call's format, with zero views behind the real ones."""
-    inputs = {"input_ids": torch.from_numpy(sample.input_ids)[None]}
-    grid = [(int(rows), int(columns)) for rows, columns in sample.crop_grid]
-    if grid:
-        views, local = normalize_views(torch.from_numpy(sample.crops), grid)
-        most = max(rows * columns for rows, columns in grid)
-        pixels = torch.zeros(len(grid), 1 + most + num_extra_views, 3, 336, 336)
-        pixels[:, 0] = views
-        for image, own in enumerate(local.split([rows * columns for rows, columns in grid])):
-            pixels[image, 1 : 1 + len(own)] = own
-        inputs |= {"pixel_values": pixels, "image_sizes": torch.tensor(grid) * 336}
-    return inputs
-
-
-def packed_logits(model: Phi3VForCausalLM, samples: list[EncodedSample]) -> list[Tensor]:
-    row = collate(samples)
+def packed_logits(model: Phi3VForCausalLM, prompts: list[Prompt]) -> list[Tensor]:
+    row = packed_row(*prompts)
     with torch.no_grad():
         logits = model.lm_head(model.model.packed(row))
     return list(logits.split(row.cu_seqlens.diff().tolist()))
 
 
-def assert_as_alone(model: Phi3VForCausalLM, samples: list[EncodedSample]) -> None:
-    for sample, logits in zip(samples, packed_logits(model, samples), strict=True):
+def assert_as_alone(model: Phi3VForCausalLM, prompts: list[Prompt]) -> None:
+    for prompt, logits in zip(prompts, packed_logits(model, prompts), strict=True):
         with torch.no_grad():
-            alone = model(**official_inputs(sample)).logits[0]
-        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0, msg=sample.sample_id)
+            alone = model(**call_inputs(prompt)).logits[0]
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0, msg=str(prompt))
 
 
 MIXTURE = [
-    toy_sample("at the limit", [], LIMIT, 1),
-    toy_sample("one beyond it", [], LIMIT + 1, 2),
-    toy_sample("two images", [(1, 2), (1, 1)], 25, 3),
-    toy_sample("short", [], 9, 4),
-    toy_sample("one token", [], 1, 5),
-    toy_sample("one image", [(2, 1)], 20, 6),
+    Prompt(LIMIT, seed=1),  # just within the limit
+    Prompt(LIMIT + 1, seed=2),  # one beyond it
+    Prompt(25, ((1, 2), (1, 1)), seed=3),
+    Prompt(9, seed=4),
+    Prompt(1, seed=5),
+    Prompt(20, ((2, 1),), seed=6),
 ]
+
+
+def long_rope_model(**changes: Any) -> Phi3VForCausalLM:
+    return small_model(**{"original_max_position_embeddings": LIMIT, **changes})
 
 
 @BOTH
 def test_packed_samples_on_both_sides_of_the_limit_have_the_logits_they_have_alone(
     implementation: str,
 ) -> None:
-    assert_as_alone(small_model(attn_implementation=implementation), MIXTURE)
+    assert_as_alone(long_rope_model(attn_implementation=implementation), MIXTURE)
 
 
 @BOTH
@@ -408,19 +345,19 @@ def test_any_packing_of_any_lengths_gives_the_logits_alone(
     implementation: str, data: st.DataObject
 ) -> None:
     lengths = data.draw(st.lists(st.integers(1, 3 * LIMIT // 2), min_size=1, max_size=6))
-    samples = [toy_sample(f"{n} tokens", [], n, seed) for seed, n in enumerate(lengths)]
-    assert_as_alone(small_model(attn_implementation=implementation), samples)
+    prompts = [Prompt(length, seed=seed) for seed, length in enumerate(lengths)]
+    assert_as_alone(long_rope_model(attn_implementation=implementation), prompts)
 
 
 @BOTH
 def test_one_long_neighbour_switches_nobody_else_to_the_long_factors(implementation: str) -> None:
-    model = small_model(attn_implementation=implementation)
-    short = toy_sample("short", [], LIMIT - 1, 1)
-    beside_long, _ = packed_logits(model, [short, toy_sample("long", [], 2 * LIMIT, 2)])
+    model = long_rope_model(attn_implementation=implementation)
+    short = Prompt(LIMIT - 1, seed=1)
+    beside_long, _ = packed_logits(model, [short, Prompt(2 * LIMIT, seed=2)])
     (alone,) = packed_logits(model, [short])
     torch.testing.assert_close(beside_long, alone, atol=1e-5, rtol=0)
     # The factors do differ: with a limit below its length the same sample has other logits.
-    (switched,) = packed_logits(small_model(original_max_position_embeddings=8), [short])
+    (switched,) = packed_logits(long_rope_model(original_max_position_embeddings=8), [short])
     assert float((switched - alone).abs().max()) > 1e-2
 
 
@@ -462,7 +399,7 @@ def test_a_packed_mixture_has_the_logits_alone_under_the_recorded_long_config(
     implementation: str,
 ) -> None:
     model = reference_model(
-        "config_long.json", attn_implementation=implementation, image_token_id=5
+        "config_long.json", attn_implementation=implementation, image_token_id=IMAGE_TOKEN
     )
     assert_as_alone(model, [*MIXTURE[:2], *MIXTURE[3:]])
 
@@ -474,7 +411,7 @@ def dtypes_at_attention(calls: SdpaCalls) -> set[torch.dtype]:
     return {x.dtype for inputs in calls.inputs for x in inputs}
 
 
-HALF_ROW = [toy_sample("image", [(1, 1)], 30, 1), toy_sample("text", [], 30, 2)]
+HALF_ROW = (Prompt(30, ((1, 1),), seed=1), Prompt(30, seed=2))
 
 
 @HALF
@@ -488,9 +425,9 @@ def test_query_key_and_value_are_the_same_half_type_when_they_reach_attention(
         nn.Module.to(model, dtype)
     with torch.autocast("cpu", dtype=dtype, enabled=is_autocast):
         with SdpaCalls() as packed:
-            loss = model.packed_loss(collate(HALF_ROW))
+            loss = model.packed_loss(packed_row(*HALF_ROW))
         with torch.no_grad(), SdpaCalls() as padded:
-            model(**official_inputs(HALF_ROW[0]))
+            model(**call_inputs(HALF_ROW[0]))
     assert len(packed.inputs) == 2 * 2 + 2
     assert dtypes_at_attention(packed) == {dtype}
     assert dtypes_at_attention(padded) == {dtype}
@@ -506,11 +443,11 @@ def test_query_key_and_value_are_the_same_half_type_when_they_reach_attention(
 def test_half_precision_gives_nearly_the_loss_of_float32(dtype: torch.dtype) -> None:
     model = small_model()
     with torch.no_grad():
-        expected = model.packed_loss(collate(HALF_ROW))
+        expected = model.packed_loss(packed_row(*HALF_ROW))
         with torch.autocast("cpu", dtype=dtype):
-            mixed = model.packed_loss(collate(HALF_ROW))
+            mixed = model.packed_loss(packed_row(*HALF_ROW))
         nn.Module.to(model, dtype)
-        half = model.packed_loss(collate(HALF_ROW))
+        half = model.packed_loss(packed_row(*HALF_ROW))
     tolerance = 2e-3 if dtype == torch.float16 else 2e-2  # 11 and 8 bits of precision
     torch.testing.assert_close(mixed, expected, rtol=tolerance, atol=0)
     torch.testing.assert_close(half, expected, rtol=tolerance, atol=0)
@@ -534,11 +471,14 @@ def test_the_vision_tower_sees_real_crops_and_global_views_once_and_no_padding(
     seen = rows_seen(tower.embeddings)
     by_layer = [rows_seen(layer) for layer in tower.encoder.layers]
     norm = rows_seen(tower.post_layernorm)
-    samples = [toy_sample("two", [(1, 2), (2, 2)], 12, 1), toy_sample("one", [(1, 1)], 12, 2)]
+    two, one = Prompt(12, ((1, 2), (2, 2)), seed=1), Prompt(12, ((1, 1),), seed=2)
+    padded = call_inputs(two)
+    zeros = torch.zeros(2, num_extra_views, 3, 336, 336)
+    padded["pixel_values"] = torch.cat([padded["pixel_values"], zeros], dim=1)
     with torch.no_grad():
-        model.packed_loss(collate(samples))
-        model(**official_inputs(samples[0], num_extra_views))
-    # Crops and one global view an image: of both samples, then of the first alone.
+        model.packed_loss(packed_row(two, one))
+        model(**padded)
+    # Crops and one global view an image: of both prompts, then of the first alone.
     expected = [(2 + 1) + (4 + 1) + (1 + 1), (2 + 1) + (4 + 1)]
     assert seen == expected
     assert by_layer == [expected, expected, []]
@@ -548,10 +488,8 @@ def test_the_vision_tower_sees_real_crops_and_global_views_once_and_no_padding(
 def test_training_computes_logits_for_labels_only() -> None:
     model = small_model().train()
     seen = rows_seen(model.lm_head)
-    row = collate(MIXTURE)
-    model.packed_loss(row)
-    assert seen == [row.num_label_tokens]
-    assert row.num_label_tokens == 5 * 4  # the sample of one token has none
+    model.packed_loss(packed_row(*MIXTURE[:4], num_labels=4))
+    assert seen == [4 * 4]
 
 
 def test_generation_computes_logits_for_the_last_position_only() -> None:
@@ -560,12 +498,7 @@ def test_generation_computes_logits_for_the_last_position_only() -> None:
     model.lm_head.register_forward_hook(
         lambda _module, inputs, _output: seen.append(inputs[0].shape[1])
     )
-    ids = torch.from_numpy(toy_sample("text", [], 20, 1).input_ids)[None]
     model.generate(  # pyright: ignore[reportAttributeAccessIssue]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=3,
-        do_sample=False,
-        eos_token_id=None,
+        **call_inputs(Prompt(20), Prompt(9)), max_new_tokens=3, do_sample=False
     )
     assert seen == [1, 1, 1]
