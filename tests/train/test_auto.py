@@ -10,12 +10,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tests.train.parity import PARITY, needs_parity, read_json, run_lengths
 

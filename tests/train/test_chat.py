@@ -24,11 +24,11 @@ def chat(tiny: Path) -> ChatEncoder:
 
 
 @pytest.fixture(scope="module", params=["tiny", "published"])
-def any_processor(request: pytest.FixtureRequest, tiny: Path) -> Phi3VProcessor:
+def coders(request: pytest.FixtureRequest, tiny: Path) -> tuple[ChatEncoder, Phi3VProcessor]:
     folder = tiny if request.param == "tiny" else PARITY / "phi-3.5-vision"
     if not folder.is_dir():
         pytest.skip("the published tokenizer is not beside this checkout")
-    return Phi3VProcessor.from_pretrained(folder, num_crops=1)
+    return ChatEncoder(folder), Phi3VProcessor.from_pretrained(folder, num_crops=1)
 
 
 def ids_of(chat: ChatEncoder, sample: Sample, *, for_generation: bool = False) -> list[int]:
@@ -85,9 +85,9 @@ turns = st.lists(st.tuples(st.integers(0, 2), texts, answers), min_size=1, max_s
 @given(turns)
 @settings(deadline=None, max_examples=60)
 def test_the_ids_before_every_answer_are_those_of_the_prompt(
-    any_processor: Phi3VProcessor, turns: list[tuple[int, str, str]]
+    coders: tuple[ChatEncoder, Phi3VProcessor], turns: list[tuple[int, str, str]]
 ) -> None:
-    chat = any_processor.chat
+    chat, processor = coders
     picture = Image.new("RGB", (20, 10))
     prompt, done, count = "", [], 0
     for num_images, user, answer in turns:
@@ -97,7 +97,7 @@ def test_the_ids_before_every_answer_are_those_of_the_prompt(
         prompt += f"<|user|>\n{line}<|end|>\n<|assistant|>\n"
         done.append(([f"{count}-{k}.png" for k in range(num_images)], user, answer))
         sample = make_sample("s", *done)
-        expected = any_processor(prompt, [picture] * count)["input_ids"][0].numpy()
+        expected = processor(prompt, [picture] * count)["input_ids"][0].numpy()
         expected = np.where(expected < 0, chat.ids.image, expected).tolist()
         assert ids_of(chat, sample, for_generation=True) == expected
         assert ids_of(chat, sample)[: len(expected)] == expected

@@ -14,7 +14,11 @@ from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict
 
 import torch
-from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+# By its module: at the top transformers 5.17 offers it to those who have torchvision only.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from phi3v_train.configuration_phi3_v import Phi3VConfig
 from phi3v_train.hd_transform import (

@@ -20,12 +20,13 @@ by their EXIF orientation, as in training; a batch of prompts is taken, padded i
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 
 from phi3v_train.chat import IMAGE_TAG
 from phi3v_train.configuration_phi3_v import Phi3VConfig
@@ -51,6 +52,29 @@ class Phi3VProcessor(ProcessorMixin):
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         _check_pipeline(tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        num_crops: int | None = None,
+        **kwargs: Any,
+    ) -> "Phi3VProcessor":
+        """Load the tokenizer and the image processor of a model folder.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or a name on the hub.
+            num_crops: instead of the number in `preprocessor_config.json`.
+            kwargs: as in transformers, for both: `revision`, `token`, `local_files_only` ...
+
+        Raises:
+            OSError: a file is missing.
+            ValueError: a file says what does not fit the model.
+        """
+        folder = str(pretrained_model_name_or_path)
+        image_processor = Phi3VImageProcessor.from_pretrained(folder, num_crops=num_crops, **kwargs)
+        return cls(image_processor, AutoTokenizer.from_pretrained(folder, **kwargs))
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]: the published order
         self,
@@ -257,7 +281,7 @@ class Phi3VProcessor(ProcessorMixin):
 
 _CLASS_NAME = "Phi3VProcessor"
 
-_NOT_THE_TOKENIZERS = ("auto_map", "backend", "is_local", "local_files_only", "num_crops")
+_NOT_THE_TOKENIZERS = ("auto_map", "backend", "is_local", "local_files_only")
 """What transformers adds to the tokenizer's settings, and the code file that is not beside it."""
 
 _PROBE = ("<|user|>\n", ["<s>", "<|user|>", "▁", "<0x0A>"])
