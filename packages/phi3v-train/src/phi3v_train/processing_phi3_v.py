@@ -54,7 +54,7 @@ class Phi3VProcessor(ProcessorMixin):
         _check_pipeline(tokenizer)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]: by name
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
