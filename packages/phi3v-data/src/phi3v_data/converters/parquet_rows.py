@@ -1,0 +1,259 @@
+# pyright: standard
+"""Parquet files of a data set, one row group an item, read a few rows at a time.
+
+In, as `datasets` writes them to the hub and to disk:
+
+    data/train-00000-of-00002.parquet  data/validation-00000-of-00001.parquet
+    docvqa/train/0000.parquet                     # the hub's own conversion: the folder says it
+
+Out, for a converter:
+
+    for group in list_row_groups(list_parquet_files(source)):          # footers only
+        yield Item(index, key=group.key, path=group.path, split=group.split, payload=group)
+
+    for row in read_rows(item.payload, ("image", "question")):         # in another process
+        row                                # {"image": {"bytes": b"…", "path": None}, "question": "…"}
+        image = image_bytes(row["image"])
+        name = write_row_image(out_dir, "pages", image, item.key)      # pages/5f3a….png
+
+A row group is streamed: what is in memory is a few rows and one page of each column (compressed, and
+as it is). How large a page is lies with the file's writer. Arrow and `datasets` put all distinct
+pictures of a row group into one dictionary page: with the usual 100 rows of 1 MB, 600 rows in 6 row
+groups, the process grew by 230 MB; the same 600 rows in one row group took 1.2 GB.
+
+Rows repeat their picture, once a question. `write_row_image` names a picture by its content, so
+that it is kept once whatever rows, groups and processes it comes from.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from phi3v_data.atomic import TEMPORARY_MARK
+from phi3v_data.images import probe_image
+
+ROWS_AT_ONCE = 8
+"""Rows in memory: pages of 1 MB, and a few pictures a row, stay in the tens of megabytes."""
+
+BUFFER_BYTES = 1 << 20
+"""Read ahead per column: without a buffer Arrow reads a whole column chunk at once."""
+
+_EXTENSIONS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+}
+
+
+class ParquetError(ValueError):
+    """A file is no Parquet file, or damaged. The message names it, and the way out."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A run of rows of one file. Picklable."""
+
+    path: str
+    split: str
+    name: str
+    """The file's path below the source, for messages."""
+
+    number: int
+    """Row group of the file, from 0."""
+
+    first_row: int
+    """Number of its first row in the split, from 0, over all files."""
+
+    num_rows: int
+
+    @property
+    def key(self) -> str:
+        """A stable, unique name for the item made of it."""
+        return f"{self.name} row group {self.number}"
+
+
+@dataclass(frozen=True)
+class ParquetFile:
+    """One file and where it belongs."""
+
+    path: Path
+    name: str
+    """Its path below the source, POSIX."""
+
+    split: str
+
+
+def list_parquet_files(source: Path) -> list[ParquetFile]:
+    """The Parquet files under `source` (or `source` itself), by split, then by path.
+
+    Splits come in the order train, val, test, then others by name. Hidden files and folders are
+    left out.
+    """
+    if source.is_file():
+        is_one = source.suffix.lower() == ".parquet"
+        return [ParquetFile(source, source.name, split_of(source.name))] if is_one else []
+    files: list[ParquetFile] = []
+    for folder, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if name.lower().endswith(".parquet") and not name.startswith("."):
+                path = Path(folder, name)
+                relative = path.relative_to(source).as_posix()
+                files.append(ParquetFile(path, relative, split_of(relative)))
+    order = {"train": 0, "val": 1, "test": 2}
+    return sorted(files, key=lambda f: (order.get(f.split, 3), f.split, os.fsencode(f.name)))
+
+
+def split_of(path: str | PurePath) -> str:
+    """The split a path names: `data/validation-00000-of-00001.parquet` is `val`.
+
+    The file's own name says it, or else its folder's; `train` where neither does, as `datasets`
+    has it. `validation` and `valid` are called `val`.
+    """
+    path = PurePosixPath(path)
+    stem = re.sub(r"-\d{5}-of-\d{5}.*$", "", path.stem)
+    for name in (stem, path.parent.name):
+        match = re.match(r"(train|validation|valid|val|dev|test)(?![a-z])\w*", name.lower())
+        if match:
+            return {"validation": "val", "valid": "val"}.get(match[0], match[0])
+    return "train"
+
+
+def list_row_groups(files: Iterable[ParquetFile]) -> Iterator[RowGroup]:
+    """Yield the row groups of `files` in order; only the footers are read.
+
+    Raises:
+        ParquetError: a file has no readable footer.
+    """
+    rows_of_split: dict[str, int] = {}
+    for file in files:
+        with _open(file.path, file.name) as opened:
+            numbers = [opened.metadata.row_group(k).num_rows for k in range(opened.num_row_groups)]
+        for number, num_rows in enumerate(numbers):
+            first_row = rows_of_split.get(file.split, 0)
+            if num_rows:
+                yield RowGroup(
+                    os.fspath(file.path), file.split, file.name, number, first_row, num_rows
+                )
+            rows_of_split[file.split] = first_row + num_rows
+
+
+def column_names(file: ParquetFile) -> tuple[str, ...]:
+    """The columns of a file, top level only.
+
+    Raises:
+        ParquetError: the file has no readable footer.
+    """
+    with _open(file.path, file.name) as opened:
+        return tuple(opened.schema_arrow.names)
+
+
+def read_rows(group: RowGroup, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one row group in order, a few in memory at a time.
+
+    Args:
+        group: which rows.
+        columns: the columns wanted; `query.en` is one field of a struct. One that the file lacks is
+            absent from the rows.
+
+    Raises:
+        ParquetError: the file is damaged; the rows before the damage were yielded.
+    """
+    done = 0
+    try:
+        with _open(Path(group.path), group.name) as opened:
+            for batch in opened.iter_batches(
+                ROWS_AT_ONCE,
+                row_groups=[group.number],
+                columns=list(columns),
+                use_threads=False,  # the caller has one process a core already
+            ):
+                rows = batch.to_pylist()
+                yield from rows
+                done += len(rows)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ParquetError(
+            f"{group.key}: its rows from {done} of {group.num_rows} on cannot be read: {problem}"
+        ) from error
+    if done != group.num_rows:
+        raise ParquetError(f"{group.key}: {done} rows, where its footer says {group.num_rows}")
+
+
+def image_bytes(value: object) -> bytes:
+    """The encoded bytes of an image cell: a struct `{bytes, path}`, or the bytes themselves.
+
+    Raises:
+        ValueError: there are none: the export kept paths of the machine it was made on.
+    """
+    content = cast("dict[str, object]", value).get("bytes") if isinstance(value, dict) else value
+    if not isinstance(content, bytes):
+        raise ValueError("the row holds no image bytes")
+    return content
+
+
+def write_row_image(out_dir: Path, folder: str, content: bytes, writer: str) -> str:
+    """Write a picture to `out_dir/images/folder`, named by its content, and return its name.
+
+    Args:
+        out_dir: the converter's output folder.
+        folder: where under `images/`.
+        content: the encoded bytes.
+        writer: the key of the item that writes it.
+
+    Raises:
+        ImageError: `content` is no image, by its header.
+    """
+    extension = _EXTENSIONS[probe_image(content).format]
+    name = f"{folder}/{xxhash.xxh3_128_hexdigest(content)}{extension}"
+    write_image_once(out_dir, name, content, writer)
+    return name
+
+
+def write_image_once(out_dir: Path, name: str, content: bytes, writer: str) -> None:
+    """Write `content` to `out_dir/images/name` unless it is there, whole or not at all.
+
+    For pictures that several items share: `write_image` has one temporary name a picture, which two
+    processes would fight for. Here each item has its own, and removes what it left when killed.
+
+    Raises:
+        ValueError: `name` is absolute or leaves the image folder.
+    """
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise ValueError(f"expected an image path inside images/, got {name!r}")
+    target = out_dir / "images" / relative
+    digest = hashlib.blake2b(
+        os.fsencode(target.name) + b"\0" + os.fsencode(writer), digest_size=8
+    ).hexdigest()
+    temporary = target.with_name(f".{digest}{TEMPORARY_MARK}")
+    # The size tells what a power cut emptied; a name stands for one content, so no more is needed.
+    if target.is_file() and target.stat().st_size == len(content):
+        temporary.unlink(missing_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    os.replace(temporary, target)
+
+
+def _open(path: Path, name: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    except pa.ArrowException as error:
+        problem = " ".join(str(error).split())
+        raise ParquetError(
+            f"{name} is damaged or no Parquet file: {problem}; fetch it again"
+        ) from error
