@@ -79,7 +79,7 @@ def write_checkpoint(folder: Path, num_layers: int = 8, shard_bytes: int = 200_0
         intermediate_size=4096,
         num_hidden_layers=num_layers,
         num_attention_heads=16,
-        rope_scaling={"type": "su", "short_factor": [1.0] * 32, "long_factor": [4.0] * 32},
+        rope_factors={"short_factor": [1.0] * 32, "long_factor": [4.0] * 32},
         dtype=torch.bfloat16,
     )
     folder.mkdir(parents=True)

@@ -192,8 +192,13 @@ class CLIPVisionTower(nn.Module):
     def forward(self, pixels: Tensor, implementation: str = "sdpa") -> Tensor:
         """(N, 3, 336, 336) -> hidden states (N, 577, H), class token first."""
         hidden = self.pre_layrnorm(self.embeddings(pixels))
+        checkpointing = self.gradient_checkpointing and self.training
+        if checkpointing and any(p.requires_grad for p in self.encoder.layers[:-1].parameters()):
+            # Reentrant checkpointing gives a layer no gradient when no input asks for one, as
+            # behind frozen embeddings.
+            hidden.requires_grad_()
         for layer in self.encoder.layers[:-1]:
-            if self.gradient_checkpointing and self.training:
+            if checkpointing:
                 hidden = self._gradient_checkpointing_func(layer, hidden, implementation)
             else:
                 hidden = layer(hidden, implementation)
