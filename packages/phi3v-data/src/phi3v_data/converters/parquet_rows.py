@@ -12,11 +12,11 @@ Out, for a converter:
         yield Item(index, key=group.key, path=group.path, split=group.split, payload=group)
 
     for row in read_rows(item.payload, ("image", "question")):         # in another process
-        row                                # {"image": {"bytes": b"…", "path": None}, "question": "…"}
+        row                           # {"image": {"bytes": b"…", "path": None}, "question": "…"}
         image = image_bytes(row["image"])
         name = write_row_image(out_dir, "pages", image, item.key)      # pages/5f3a….png
 
-A row group is streamed: what is in memory is a few rows and one page of each column (compressed, and
+A row group is streamed: what is in memory is a few rows and one page of each column (compressed and
 as it is). How large a page is lies with the file's writer. Arrow and `datasets` put all distinct
 pictures of a row group into one dictionary page: with the usual 100 rows of 1 MB, 600 rows in 6 row
 groups, the process grew by 230 MB; the same 600 rows in one row group took 1.2 GB.
