@@ -175,7 +175,7 @@ def test_adapters_learn_on_a_quantised_base(
     torch.manual_seed(0)
     model = cast("Any", peft.get_peft_model(base, lora)).train()
     frozen = {
-        name: module.weight.detach().clone()
+        name: cast("Tensor", module.weight).detach().clone()
         for name, module in model.named_modules()
         if type(module) is kind
     }
