@@ -306,7 +306,7 @@ def generate_command(
 
         status.update(f"loading {model}")
         loaded, processor = load(model, adapter=adapter, num_crops=num_crops, device=device)
-        status.update(f"reading {len(images)} images and the question")
+        status.update("reading the question" + " and its images" * bool(images))
 
         def show(text: str) -> None:
             status.stop()
