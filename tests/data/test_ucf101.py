@@ -1,6 +1,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 
 from tests.data.clips import decode_all, truncate, write_clip, write_tree
 
-CLIPS = Path(__file__).resolve().parents[3] / "shared" / "testdata" / "ucf101" / "UCF-101"
+ARCHIVE = Path(__file__).resolve().parents[3] / "shared" / "testdata" / "ucf101"
+CLIPS = ARCHIVE / "UCF-101"
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -167,6 +169,240 @@ def test_short_clips_follow_the_policy(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
         Ucf101(**options)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fold": 4},
+        {"val_fraction": 1.0},
+        {"unlisted": "val"},
+        {"sampling": "first"},
+        {"max_side": 0},
+    ],
+)
+def test_settings_of_the_archive_out_of_range_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
+        Ucf101(**options)  # pyright: ignore[reportArgumentType]
+
+
+# --- the whole archive, split by the official lists ----------------------------------------------
+
+
+def write_archive(root: Path, train: list[str], test: list[str], *others: str) -> Path:
+    """`UCF-101/` with empty files for all names, and the lists of fold 1 as they are published."""
+    touch(root / "UCF-101", *train, *test, *others)
+    folder = root / "ucfTrainTestlist"
+    folder.mkdir()
+    lines = [os.fsencode(f"{name} 1\r\n") for name in train]
+    (folder / "trainlist01.txt").write_bytes(b"".join(lines))
+    (folder / "testlist01.txt").write_bytes("".join(f"{name}\r\n" for name in test).encode())
+    return root
+
+
+def clip(label: str, group: int, number: int = 1) -> str:
+    return f"{label}/v_{label}_g{group:02}_c{number:02}.avi"
+
+
+def test_the_lists_say_the_split_and_the_folder_says_the_class(tmp_path: Path) -> None:
+    odd = "HandstandPushups/v_HandStandPushups_g01_c01.avi"
+    write_archive(tmp_path, [clip("Archery", 8), odd, "Archery/my clip.avi"], [clip("Archery", 1)])
+    items = list(Ucf101().discover(tmp_path))
+    assert [(item.index, item.key, item.split, item.payload.label) for item in items] == [
+        (0, "train/Archery/my clip.avi", "train", "Archery"),
+        (1, f"train/{clip('Archery', 8)}", "train", "Archery"),
+        (2, f"train/{odd}", "train", "HandstandPushups"),
+        (3, f"test/{clip('Archery', 1)}", "test", "Archery"),
+    ]
+    assert all(Path(item.path).is_file() for item in items)
+    classes = {item.payload.prompt.partition(": ")[2] for item in items}
+    assert classes == {"Archery, HandstandPushups."}
+
+
+def test_the_fold_chooses_the_lists(tmp_path: Path) -> None:
+    write_archive(tmp_path, [clip("A", 8)], [clip("A", 1)])
+    (tmp_path / "ucfTrainTestlist/trainlist02.txt").write_text(clip("A", 1) + " 1\n")
+    (tmp_path / "ucfTrainTestlist/testlist02.txt").write_text(clip("A", 8) + "\n")
+    for fold, train in ((None, 8), (1, 8), (2, 1)):
+        items = list(Ucf101(fold=fold).discover(tmp_path))
+        assert [item.key for item in items if item.split == "train"] == [
+            f"train/{clip('A', train)}"
+        ]
+    with pytest.raises(ValueError, match=r"expected the official list trainlist03\.txt"):
+        list(Ucf101(fold=3).discover(tmp_path))
+
+
+def test_an_archive_is_found_by_either_of_its_folders_or_one_above(tmp_path: Path) -> None:
+    root = write_archive(tmp_path / "data", [clip("A", 8)], [clip("A", 1)])
+    expected = [f"train/{clip('A', 8)}", f"test/{clip('A', 1)}"]
+    assert keys(tmp_path) == keys(root) == keys(root / "UCF-101") == expected
+    (root / "ucfTrainTestlist").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"or UCF-101/<Class>.* the official lists in ucfTrain"):
+        keys(root)
+    (root / "UCF-101").rename(root / "clips")
+    converter = Ucf101(lists=str(tmp_path / "elsewhere"))
+    assert [item.key for item in converter.discover(root / "clips")] == expected
+
+
+def test_a_clip_is_matched_by_its_name_whatever_its_ending_but_not_its_case(tmp_path: Path) -> None:
+    write_archive(tmp_path, [clip("A", 8), clip("A", 9)], [clip("A", 1)])
+    folder = tmp_path / "UCF-101/A"
+    (folder / "v_A_g08_c01.avi").rename(folder / "v_A_g08_c01.mp4")
+    (folder / "v_A_g09_c01.avi").rename(folder / "v_a_g09_c01.avi")
+    assert keys(tmp_path) == [
+        "train/A/v_A_g08_c01.mp4",
+        "test/A/v_A_g01_c01.avi",
+        "unlisted/A/v_a_g09_c01.avi",
+        "missing_clip/A/v_A_g09_c01.avi",
+    ]
+
+
+def test_unlisted_clips_are_counted_or_train_unless_their_video_is_tested(tmp_path: Path) -> None:
+    extra = [clip("A", 8, 2), clip("A", 1, 2), "B/video1.avi"]
+    write_archive(tmp_path, [clip("A", 8)], [clip("A", 1)], *extra)
+    assert keys(tmp_path)[2:] == [
+        "unlisted/A/v_A_g01_c02.avi",
+        "unlisted/A/v_A_g08_c02.avi",
+        "unlisted/B/video1.avi",
+    ]
+    items = list(Ucf101(unlisted="train").discover(tmp_path))
+    assert [item.key for item in items] == [
+        "train/A/v_A_g08_c01.avi",
+        "train/A/v_A_g08_c02.avi",
+        "train/B/video1.avi",
+        "test/A/v_A_g01_c01.avi",
+        "unlisted/A/v_A_g01_c02.avi",
+    ]
+    assert items[-1].payload.reason == "unlisted"
+    assert "others of its video are tested" in items[-1].payload.detail
+
+
+def test_a_class_of_skipped_clips_only_is_not_in_the_prompt(tmp_path: Path) -> None:
+    write_archive(tmp_path, [clip("A", 8)], [clip("A", 1)], "B/video1.avi")
+    assert next(Ucf101().discover(tmp_path)).payload.prompt.endswith(": A.")
+
+
+def test_what_is_listed_but_not_there_is_named(tmp_path: Path) -> None:
+    train = [clip("A", 8), clip("A", 9), clip("B", 8), clip("B", 9)]
+    write_archive(tmp_path, train, [clip("A", 1), clip("B", 1)])
+    for name in ("B/v_B_g08_c01.avi", "B/v_B_g09_c01.avi", "B/v_B_g01_c01.avi", clip("A", 1)):
+        (tmp_path / "UCF-101" / name).unlink()
+    items = list(Ucf101().discover(tmp_path))
+    assert [(item.key, item.payload) for item in items[2:]] == [
+        ("missing_class/B", Rejected("missing_class", "3 clips listed, none found")),
+        (
+            f"missing_clip/{clip('A', 1)}",
+            Rejected("missing_clip", "in the list of test, but not found"),
+        ),
+    ]
+
+
+def test_validation_takes_whole_groups_of_the_training_clips_in_every_class(tmp_path: Path) -> None:
+    train = [clip(a, group, n) for a in "AB" for group in range(8, 18) for n in (1, 2, 3)]
+    write_archive(tmp_path, train, [clip("A", 1), clip("B", 1)])
+
+    def groups(split: str, **options: Any) -> set[str]:
+        items = Ucf101(**options).discover(tmp_path)
+        return {item.key.split("/")[2][:8] for item in items if item.split == split}
+
+    assert groups("val") == set()
+    held_out = groups("val", val_fraction=0.3)
+    assert sorted(name[:4] for name in held_out) == ["v_A_"] * 3 + ["v_B_"] * 3
+    assert not held_out & groups("train", val_fraction=0.3)
+    assert len(held_out | groups("train", val_fraction=0.3)) == 20
+    assert held_out == groups("val", val_fraction=0.3)
+    assert held_out != groups("val", val_fraction=0.3, seed=1)
+    assert groups("test", val_fraction=0.3) == {"v_A_g01_", "v_B_g01_"}
+    assert len(groups("val", val_fraction=0.01)) == 2
+    assert len(groups("train", val_fraction=0.99)) == 2
+
+
+def test_splits_of_the_archive_come_in_the_order_train_val_test(tmp_path: Path) -> None:
+    train = [clip(label, group) for label in "AB" for group in (8, 9)]
+    write_archive(tmp_path, train, [clip("A", 1)])
+    items = list(Ucf101(val_fraction=0.5).discover(tmp_path))
+    assert [item.split for item in items] == ["train", "train", "val", "val", "test"]
+    assert [item.index for item in items] == list(range(5))
+    for split in ("train", "val"):
+        paths = [item.path for item in items if item.split == split]
+        assert paths == sorted(paths)
+
+
+@pytest.mark.parametrize(
+    "line", ["no slash", "A/b/c.avi 1", "../A.avi", "A\\v_A_g01_c01.avi", "/etc/passwd"]
+)
+def test_a_line_that_names_no_clip_is_refused_with_its_place(tmp_path: Path, line: str) -> None:
+    write_archive(tmp_path, [clip("A", 8)], [clip("A", 1)])
+    with open(tmp_path / "ucfTrainTestlist/testlist01.txt", "a") as file:
+        file.write(f"\r\n{line}\r\n")
+    with pytest.raises(ValueError, match=r"testlist01\.txt:3: expected <Class>/<file>"):
+        keys(tmp_path)
+
+
+def test_a_byte_order_mark_and_names_that_are_not_utf8_are_taken(tmp_path: Path) -> None:
+    write_archive(tmp_path, [os.fsdecode(b"A/caf\xe9.avi")], [clip("A", 1)])
+    path = tmp_path / "ucfTrainTestlist/trainlist01.txt"
+    path.write_bytes(b"\xef\xbb\xbfA/caf\xe9.avi 1\r\n")
+    assert keys(tmp_path) == [os.fsdecode(b"train/A/caf\xe9.avi"), f"test/{clip('A', 1)}"]
+
+
+def test_a_clip_in_both_lists_is_refused(tmp_path: Path) -> None:
+    write_archive(tmp_path, [clip("A", 8)], [clip("A", 8)])
+    with pytest.raises(ValueError, match=r"testlist01\.txt:1: .* is in the list of train, too"):
+        keys(tmp_path)
+
+
+@pytest.mark.parametrize("option", [{"fold": 1}, {"val_fraction": 0.1}, {"unlisted": "train"}])
+def test_settings_of_the_archive_are_refused_where_folders_say_the_split(
+    tmp_path: Path, option: dict[str, Any]
+) -> None:
+    touch(tmp_path, "train/A/1.avi")
+    with pytest.raises(ValueError, match="the folders already say the split"):
+        list(Ucf101(**option).discover(tmp_path))
+
+
+def test_a_file_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "a.avi").touch()
+    with pytest.raises(ValueError, match="expected a folder of videos"):
+        keys(tmp_path / "a.avi")
+
+
+def test_random_frames_depend_on_the_seed_and_the_clip(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        write_clip(tmp_path / "src/train/A" / f"{name}.avi", 100)
+    first, second = Ucf101().discover(tmp_path / "src")
+
+    def pictures(item: Item, seed: int) -> list[bytes]:
+        sample = convert_one(item, tmp_path / "out", Ucf101(sampling="random", seed=seed))
+        assert isinstance(sample, Sample)
+        return [(tmp_path / "out/images" / name).read_bytes() for name in sample.images]
+
+    assert pictures(first, 0) == pictures(first, 0)
+    assert pictures(first, 0) != pictures(first, 1)
+    assert pictures(first, 0) != pictures(second, 0), "the same clip under two names"
+
+
+@pytest.mark.skipif(not ARCHIVE.is_dir(), reason="the real clips are not beside this checkout")
+def test_the_real_lists_split_the_real_clips(tmp_path: Path) -> None:
+    result = convert(Ucf101(fold=1), ARCHIVE, tmp_path / "out", num_workers=2)
+    assert result.counts == {"train": 1, "test": 3}
+    assert result.rejected["unlisted"] == 2
+    assert result.rejected["missing_class"] == 101 - 6
+    assert sum(result.rejected.values()) == result.num_items - 4
+    (train,) = read_samples(result.files["train"])
+    assert train.conversations[0].assistant == "SoccerJuggling"
+
+
+@pytest.mark.skipif(not ARCHIVE.is_dir(), reason="the real clips are not beside this checkout")
+@pytest.mark.parametrize("fold", [1, 2, 3])
+def test_every_line_of_the_real_lists_is_found_or_named(fold: int) -> None:
+    num_listed = 0
+    for item in Ucf101(fold=fold).discover(ARCHIVE):
+        if not isinstance(item.payload, Rejected) or item.payload.reason == "missing_clip":
+            num_listed += 1
+        elif item.payload.reason == "missing_class":
+            num_listed += int(item.payload.detail.split()[0])
+    assert num_listed == 13_320
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not beside this checkout")

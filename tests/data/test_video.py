@@ -5,7 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from phi3v_data import video
-from phi3v_data.video import VideoError, encode_jpeg, frame_indices, missing_bytes, read_frames
+from phi3v_data.video import (
+    Sampling,
+    Short,
+    VideoError,
+    encode_jpeg,
+    frame_indices,
+    missing_bytes,
+    read_frames,
+    read_jpegs,
+    shrink,
+)
 from PIL import Image
 
 from tests.data.clips import decode_all, truncate, write_clip
@@ -45,6 +55,41 @@ def test_frame_indices_always_are_as_many_as_asked_for_and_in_range() -> None:
 
 def test_frame_indices_repeat_where_the_clip_is_short() -> None:
     assert frame_indices(3, 8) == (0, 0, 0, 1, 1, 1, 2, 2)
+
+
+def test_center_takes_the_middle_of_every_stretch() -> None:
+    assert frame_indices(164, 8, "center") == (10, 30, 51, 71, 92, 112, 133, 153)
+    assert frame_indices(8, 8, "center") == tuple(range(8))
+    assert frame_indices(9, 3, "center") == (1, 4, 7)
+    assert frame_indices(3, 6, "center") == (0, 0, 1, 1, 2, 2)
+
+
+def test_random_draws_one_frame_of_every_stretch() -> None:
+    drawn: list[set[int]] = [set(), set(), set(), set()]
+    for seed in range(200):
+        for i, index in enumerate(frame_indices(22, 4, "random", str(seed))):
+            drawn[i].add(index)
+    starts = (0, 5, 11, 16, 22)
+    assert drawn == [set(range(starts[i], starts[i + 1])) for i in range(4)]
+    assert frame_indices(3, 8, "random", "any") == frame_indices(3, 8)
+
+
+def test_random_is_the_same_wherever_and_whenever_it_is_drawn() -> None:
+    assert frame_indices(164, 8, "random", "0 train/A/1.avi") == (5, 37, 48, 65, 95, 104, 126, 157)
+    assert frame_indices(164, 8, "random", "1 train/A/1.avi") != (5, 37, 48, 65, 95, 104, 126, 157)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "center", "random"])
+def test_whatever_the_sampling_frames_are_those_of_a_full_decode(
+    tmp_path: Path, sampling: Sampling
+) -> None:
+    path = write_clip(tmp_path / "a.avi", 30)
+    every = decode_all(path)
+    indices = frame_indices(30, 8, sampling, "seed")
+    frames = read_frames(path, 8, sampling=sampling, seed="seed")
+    assert_same(frames, [every[i] for i in indices])
+    set_header_frames(path, 47)
+    assert_same(read_frames(path, 8, sampling=sampling, seed="seed"), frames)
 
 
 def test_frame_indices_of_nothing_are_refused() -> None:
@@ -153,6 +198,55 @@ def test_a_frame_too_large_for_jpeg_is_named() -> None:
         encode_jpeg(np.zeros((1, 70_000, 3), np.uint8))
 
 
+def test_jpegs_of_a_clip_are_its_frames_encoded(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.avi", 3)
+    policies: tuple[Short, ...] = ("repeat", "fewer")
+    for short in policies:
+        expected = [encode_jpeg(frame, 60) for frame in read_frames(path, 8, short=short)]
+        assert read_jpegs(path, 8, short=short, quality=60) == expected
+    with pytest.raises(VideoError, match="too_short"):
+        read_jpegs(path, 8, short="reject")
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "max_side", "expected_hw"),
+    [
+        ((240, 320), 160, (120, 160)),
+        ((320, 240), 160, (160, 120)),
+        ((1080, 1920), 336, (189, 336)),
+        ((2, 1000), 100, (1, 100)),
+        ((3, 1000), 500, (2, 500)),
+    ],
+)
+def test_the_longer_side_becomes_max_side_and_the_shape_stays(
+    size_hw: tuple[int, int], max_side: int, expected_hw: tuple[int, int]
+) -> None:
+    assert shrink(np.zeros((*size_hw, 3), np.uint8), max_side).shape == (*expected_hw, 3)
+
+
+def test_shrinking_averages_and_never_enlarges() -> None:
+    checks = np.indices((40, 40)).sum(axis=0) % 2 * np.uint8(200)
+    frame = np.repeat(checks[:, :, None], 3, axis=2).astype(np.uint8)
+    assert np.unique(shrink(frame, 20)).tolist() == [100]
+    for max_side in (40, 41, 4000):
+        assert shrink(frame, max_side) is frame
+
+
+def test_max_side_bounds_the_jpegs(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.avi")
+    small = read_jpegs(path, 4, max_side=32)
+    assert {Image.open(io.BytesIO(jpeg)).size for jpeg in small} == {(32, 24)}
+    assert read_jpegs(path, 4, max_side=64) == read_jpegs(path, 4)
+
+
+def test_a_pipe_or_a_missing_file_is_unreadable_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.avi")
+    (tmp_path / "dangling.avi").symlink_to("nowhere")
+    for name in ("pipe.avi", "dangling.avi", "missing.avi", "."):
+        with pytest.raises(VideoError, match="unreadable: it does not exist or is no regular"):
+            read_frames(tmp_path / name, 8)
+
+
 def test_decoding_keeps_one_thread_whatever_the_clip(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.avi", 30)
     before = len(os.listdir("/proc/self/task"))
@@ -172,9 +266,16 @@ CLIPS = sorted(
 @pytest.mark.parametrize("name", CLIPS)
 def test_frames_of_real_clips_equal_those_of_a_full_decode(name: str) -> None:
     every = decode_all(TESTDATA / name)
-    for wanted in (4, 7, 8):
-        indices = frame_indices(len(every), wanted)
-        assert_same(read_frames(TESTDATA / name, wanted), [every[i] for i in indices])
+    cases: list[tuple[int, Sampling]] = [
+        (4, "uniform"),
+        (7, "center"),
+        (8, "uniform"),
+        (8, "random"),
+    ]
+    for wanted, sampling in cases:
+        indices = frame_indices(len(every), wanted, sampling, name)
+        frames = read_frames(TESTDATA / name, wanted, sampling=sampling, seed=name)
+        assert_same(frames, [every[i] for i in indices])
 
 
 @pytest.mark.skipif(not CLIPS, reason="the real clips are not beside this checkout")

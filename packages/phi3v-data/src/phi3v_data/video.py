@@ -1,13 +1,17 @@
 """Video to frames: which ones (pure arithmetic) and how to decode them exactly.
 
     frame_indices(164, 8)                        # (0, 20, 41, 61, 82, 102, 123, 143)
+    frame_indices(164, 8, "center")              # (10, 30, 51, 71, 92, 112, 133, 153)
     frames = read_frames("clip.avi", 8)          # 8 arrays (height, width, 3), uint8, BGR
     jpeg = encode_jpeg(frames[0], quality=75)    # the very bytes that PIL writes
+    jpegs = read_jpegs("clip.avi", 8)            # both at once; memory holds one frame
 
 **Frames are those of a full sequential decode, always.** Nothing seeks: re-encoded UCF-101 clips
 have one key frame and timestamps that run backwards, and seeking there returns other frames.
 Unwanted frames are decoded but not converted to pixels, by one decoder thread (several cost 1.5 to
-2 times the CPU for clips of this size; processes scale better).
+2 times the CPU for clips of this size; processes scale better). Nothing is left undecoded either:
+OpenCV hands out no packets, and without them neither the count of frames nor where a group of
+pictures begins is certain.
 
 **The number of frames is the number that decode.** A header is a guess: HMDB51 clips claim one
 frame more than they hold, WebM states none. The first pass picks frames by the header's count and
@@ -24,8 +28,11 @@ The one module that imports OpenCV.
 """
 
 import os
+from collections.abc import Callable
+from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +51,12 @@ import cv2
 
 Frame = npt.NDArray[np.uint8]
 """(height, width, 3), blue first."""
+
+T = TypeVar("T")
+
+Sampling = Literal["uniform", "center", "random"]
+"""Which frame stands for each of n equal stretches of a clip: its first (`uniform`), its middle one
+(`center`), or one drawn from it (`random`)."""
 
 Short = Literal["repeat", "fewer", "reject"]
 """What a clip with fewer frames than wanted gives: some frames twice, in order (`repeat`); each of
@@ -64,8 +77,14 @@ class VideoError(ValueError):
         self.detail = detail
 
 
-def frame_indices(num_frames_in_clip: int, num_frames: int) -> tuple[int, ...]:
-    """Where to look: `floor(i * N / n)` for i = 0 … n-1, in integers (float ranges drift).
+def frame_indices(
+    num_frames_in_clip: int, num_frames: int, sampling: Sampling = "uniform", seed: str = ""
+) -> tuple[int, ...]:
+    """Where to look, ascending: one frame in each of n equal stretches of a clip of N frames.
+
+    Stretch i = 0 … n-1 begins at `floor(i * N / n)`, in integers (float ranges drift). `uniform`
+    takes that frame, `center` is `floor((2 * i + 1) * N / (2 * n))`, and `random` draws one of the
+    stretch by hashing `seed` and i: the same on every machine and version of Python.
 
     With N < n the indices repeat, in order.
     """
@@ -74,39 +93,76 @@ def frame_indices(num_frames_in_clip: int, num_frames: int) -> tuple[int, ...]:
             f"expected at least one frame to pick from and one to pick, "
             f"got {num_frames_in_clip} and {num_frames}"
         )
-    return tuple(i * num_frames_in_clip // num_frames for i in range(num_frames))
+    starts = [i * num_frames_in_clip // num_frames for i in range(num_frames + 1)]
+    if sampling == "uniform":
+        return tuple(starts[:-1])
+    if sampling == "center":
+        return tuple(
+            (2 * i + 1) * num_frames_in_clip // (2 * num_frames) for i in range(num_frames)
+        )
+    return tuple(
+        start + _draw(f"{i} {seed}", max(1, stop - start))
+        for i, (start, stop) in enumerate(pairwise(starts))
+    )
 
 
 def read_frames(
-    path: str | os.PathLike[str], num_frames: int, *, short: Short = "repeat"
+    path: str | os.PathLike[str],
+    num_frames: int,
+    *,
+    short: Short = "repeat",
+    sampling: Sampling = "uniform",
+    seed: str = "",
 ) -> list[Frame]:
-    """Decode `num_frames` evenly spaced frames of a video file; memory holds only those.
+    """Decode `num_frames` frames of a video file; memory holds only those.
 
     Args:
         path: a local video file.
         num_frames: how many frames to return.
         short: what to do with a clip that has fewer.
+        sampling: which frames; see `frame_indices`.
+        seed: what `random` draws from.
 
     Raises:
         VideoError: the file is not a video, is cut off, has no frames, or is too short
             where `short` is `reject`.
     """
-    file_path = Path(path).absolute()  # FFmpeg takes the colon of a relative `a:b.avi` for a URL
-    missing = missing_bytes(file_path)
-    if missing:
-        raise VideoError("truncated", f"the file ends {missing:,} bytes before its video data does")
+    return _read(Path(path), num_frames, short, sampling, seed, lambda frame: frame)
 
-    claimed, count, frames = _decode(file_path, num_frames, short, None)
-    if count == 0:
-        raise VideoError("no_frames", f"no frame decodes (the header claims {claimed})")
-    if count < num_frames and short == "reject":
-        raise VideoError("too_short", f"{count} frames, {num_frames} wanted")
-    wanted = _wanted(count, num_frames, short)
-    if not set(wanted) <= frames.keys():
-        _, recount, frames = _decode(file_path, num_frames, short, count)
-        if recount != count:
-            raise VideoError("unreadable", f"decoded {count} frames, then {recount}")
-    return [frames[index] for index in wanted]
+
+def read_jpegs(
+    path: str | os.PathLike[str],
+    num_frames: int,
+    *,
+    short: Short = "repeat",
+    sampling: Sampling = "uniform",
+    seed: str = "",
+    quality: int = 75,
+    max_side: int | None = None,
+) -> list[bytes]:
+    """`read_frames`, `shrink` and `encode_jpeg`, frame by frame: memory holds one frame's pixels.
+
+    Raises:
+        VideoError: as `read_frames` and `encode_jpeg`.
+    """
+
+    def encode(frame: Frame) -> bytes:
+        return encode_jpeg(frame if max_side is None else shrink(frame, max_side), quality)
+
+    return _read(Path(path), num_frames, short, sampling, seed, encode)
+
+
+def shrink(frame: Frame, max_side: int) -> Frame:
+    """Scale a frame down so that its longer side is `max_side` pixels; never up.
+
+    The shorter side is rounded to the nearest pixel, at least 1. Pixels are averaged by area.
+    """
+    height, width = frame.shape[:2]
+    longer = max(height, width)
+    if longer <= max_side:
+        return frame
+    size_wh = [max(1, (2 * side * max_side + longer) // (2 * longer)) for side in (width, height)]
+    return np.asarray(cv2.resize(frame, size_wh, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
 def encode_jpeg(frame: Frame, quality: int = 75) -> bytes:
@@ -138,16 +194,53 @@ def missing_bytes(path: str | os.PathLike[str]) -> int:
     return max(0, end - size)
 
 
-def _wanted(count: int, num_frames: int, short: Short) -> tuple[int, ...]:
-    if short == "fewer":
-        num_frames = min(count, num_frames)
-    return frame_indices(count, num_frames)
+def _draw(seed: str, below: int) -> int:
+    digest = blake2b(seed.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % below
+
+
+def _read(
+    path: Path,
+    num_frames: int,
+    short: Short,
+    sampling: Sampling,
+    seed: str,
+    keep: Callable[[Frame], T],
+) -> list[T]:
+    """What `keep` makes of each wanted frame, in order."""
+    path = path.absolute()  # FFmpeg takes the colon of a relative `a:b.avi` for a URL
+    if not path.is_file():  # a pipe would be waited for
+        raise VideoError("unreadable", "it does not exist or is no regular file")
+    try:
+        missing = missing_bytes(path)
+    except PermissionError:
+        raise VideoError("unreadable", "no permission to read it") from None
+    if missing:
+        raise VideoError("truncated", f"the file ends {missing:,} bytes before its video data does")
+
+    def wanted(count: int) -> tuple[int, ...]:
+        number = min(count, num_frames) if short == "fewer" else num_frames
+        return frame_indices(count, number, sampling, seed)
+
+    claimed, count, kept = _decode(path, wanted, keep, None)
+    if count == 0:
+        raise VideoError("no_frames", f"no frame decodes (the header claims {claimed})")
+    if count < num_frames and short == "reject":
+        raise VideoError("too_short", f"{count} frames, {num_frames} wanted")
+    if not set(wanted(count)) <= kept.keys():
+        _, recount, kept = _decode(path, wanted, keep, count)
+        if recount != count:
+            raise VideoError("unreadable", f"decoded {count} frames, then {recount}")
+    return [kept[index] for index in wanted(count)]
 
 
 def _decode(
-    path: Path, num_frames: int, short: Short, count: int | None
-) -> tuple[int, int, dict[int, Frame]]:
-    """One sequential pass: (frames claimed, frames decoded, the wanted ones by index).
+    path: Path,
+    wanted: Callable[[int], tuple[int, ...]],
+    keep: Callable[[Frame], T],
+    count: int | None,
+) -> tuple[int, int, dict[int, T]]:
+    """One sequential pass: (frames claimed, frames decoded, what is kept of the wanted by index).
 
     `count` says how many frames there are; None takes the header's word.
     """
@@ -161,21 +254,21 @@ def _decode(
         capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
         claimed = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         assumed = claimed if count is None else count
-        wanted = frozenset(_wanted(assumed, num_frames, short)) if assumed > 0 else frozenset[int]()
-        frames: dict[int, Frame] = {}
+        indices = frozenset(wanted(assumed)) if assumed > 0 else frozenset[int]()
+        kept: dict[int, T] = {}
         index = 0
         while capture.grab():
-            if index in wanted:
+            if index in indices:
                 done, frame = capture.retrieve()
                 if not done:
                     raise VideoError("unreadable", f"frame {index} has no pixels")
-                frames[index] = np.asarray(frame, dtype=np.uint8)
+                kept[index] = keep(np.asarray(frame, dtype=np.uint8))
             index += 1
     except cv2.error as error:
         raise VideoError("unreadable", str(error).strip().splitlines()[-1]) from None
     finally:
         capture.release()
-    return claimed, index, frames
+    return claimed, index, kept
 
 
 def _end_of_avi(file: BinaryIO, size: int) -> int:
