@@ -233,20 +233,6 @@ def test_a_row_without_images_gives_every_vision_weight_a_zero_gradient() -> Non
     assert torch.count_nonzero(projection) == 0
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    gradients: list[dict[str, Tensor]] = []
-    for checkpointing in (False, True):
-        model = tiny_model().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            assert model.model.gradient_checkpointing
-        model.packed_loss(collate(SAMPLES)).backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
-
-
 def test_saved_weights_have_the_official_names_and_load_again(tmp_path: object) -> None:
     model = tiny_model()
     model.save_pretrained(str(tmp_path))
