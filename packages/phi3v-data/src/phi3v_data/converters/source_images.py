@@ -96,7 +96,7 @@ def find_image(candidates: Sequence[Path], name: str) -> Path:
                 return path
         except (OSError, ValueError):
             continue  # the next one: what is wrong with a path does not matter
-    raise RowError("missing_image", f"{name} is not there")
+    raise RowError("missing_image", f"{name[:120]} is not there")
 
 
 def _link_once(path: Path, target: Path) -> None:
