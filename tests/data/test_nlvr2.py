@@ -337,7 +337,7 @@ def test_the_real_lines_convert_whole(tmp_path: Path) -> None:
     (root / "images" / gone.partition("-")[0] / f"{gone}-img1.png").unlink()
 
     result = run(root, tmp_path / "out")
-    num_gone = dict.fromkeys(("dev", "test1", "balanced_dev"), 0)
+    num_gone: dict[str, int] = dict.fromkeys(("dev", "test1", "balanced_dev"), 0)
     for name, split in zip(names, ("dev", "test1", "balanced_dev"), strict=True):
         for row in map(json.loads, (REAL / name).read_bytes().splitlines()):
             num_gone[split] += row["identifier"].startswith(gone + "-")

@@ -86,7 +86,7 @@ def _turns(fields: dict[str, Any]) -> list[Turn]:
     texts: list[dict[str, Any] | None] = fields["texts"] or []
     rows = [Row("", text or {}) for text in texts]
     if not rows:
-        raise RowError("no_text", "the row has no question")
+        raise RowError("no_text", "the row has no question, or one that is not UTF-8")
     return [Turn(user=text_field(r, "user"), assistant=text_field(r, "assistant")) for r in rows]
 
 
