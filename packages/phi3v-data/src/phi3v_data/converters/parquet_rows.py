@@ -16,10 +16,10 @@ Out, for a converter:
         image = image_bytes(row["image"])
         name = write_row_image(out_dir, "pages", image, item.key)      # pages/5f3a….png
 
-A row group is streamed: what is in memory is a few rows and one page of each column (compressed and
-as it is). How large a page is lies with the file's writer. Arrow and `datasets` put all distinct
-pictures of a row group into one dictionary page: with the usual 100 rows of 1 MB, 600 rows in 6 row
-groups, the process grew by 230 MB; the same 600 rows in one row group took 1.2 GB.
+A row group is streamed: in memory are a few rows and one page of each column (compressed, and as it
+is). How large a page is lies with the file's writer. Arrow and `datasets` put all distinct pictures
+of a row group into one dictionary page: with the usual 100 rows a group, of 1 MB each, the process
+grew by 230 MB; 600 such rows in one group took 1.2 GB.
 
 Rows repeat their picture, once a question. `write_row_image` names a picture by its content, so
 that it is kept once whatever rows, groups and processes it comes from.
@@ -161,13 +161,18 @@ def column_names(file: ParquetFile) -> tuple[str, ...]:
         return tuple(opened.schema_arrow.names)
 
 
-def read_rows(group: RowGroup, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def read_rows(
+    group: RowGroup, columns: Sequence[str], *, rows_at_once: int = ROWS_AT_ONCE
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of one row group in order, a few in memory at a time.
+
+    A cell whose text is not UTF-8 is None.
 
     Args:
         group: which rows.
         columns: the columns wanted; `query.en` is one field of a struct. One that the file lacks is
             absent from the rows.
+        rows_at_once: rows in memory; more is faster where rows are small.
 
     Raises:
         ParquetError: the file is damaged; the rows before the damage were yielded.
@@ -176,21 +181,40 @@ def read_rows(group: RowGroup, columns: Sequence[str]) -> Iterator[dict[str, Any
     try:
         with _open(Path(group.path), group.name) as opened:
             for batch in opened.iter_batches(
-                ROWS_AT_ONCE,
+                rows_at_once,
                 row_groups=[group.number],
                 columns=list(columns),
                 use_threads=False,  # the caller has one process a core already
             ):
-                rows = batch.to_pylist()
-                yield from rows
-                done += len(rows)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                yield from _to_rows(batch)
+                done += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the machine's trouble; Arrow's own findings have no number
         problem = " ".join(str(error).split())
         raise ParquetError(
-            f"{group.key}: its rows from {done} of {group.num_rows} on cannot be read: {problem}"
+            f"{group.key}: rows {done} to {group.num_rows - 1} cannot be read: {problem}"
         ) from error
     if done != group.num_rows:
         raise ParquetError(f"{group.key}: {done} rows, where its footer says {group.num_rows}")
+
+
+def _to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # Arrow looks at text no earlier
+        columns = {name: _cells(batch.column(name)) for name in batch.schema.names}
+        return [{name: columns[name][k] for name in columns} for k in range(batch.num_rows)]
+
+
+def _cells(column: pa.Array) -> list[Any]:
+    cells: list[Any] = []
+    for cell in column:
+        try:
+            cells.append(cell.as_py())
+        except UnicodeDecodeError:
+            cells.append(None)
+    return cells
 
 
 def image_bytes(value: object) -> bytes:
@@ -240,7 +264,8 @@ def write_image_once(out_dir: Path, name: str, content: bytes, writer: str) -> N
         os.fsencode(target.name) + b"\0" + os.fsencode(writer), digest_size=8
     ).hexdigest()
     temporary = target.with_name(f".{digest}{TEMPORARY_MARK}")
-    # The size tells what a power cut emptied; a name stands for one content, so no more is needed.
+    # A name stands for one content, and a file appears whole: its size only tells what a power cut
+    # emptied.
     if target.is_file() and target.stat().st_size == len(content):
         temporary.unlink(missing_ok=True)
         return
