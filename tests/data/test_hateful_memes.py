@@ -352,7 +352,7 @@ def test_a_file_of_1_gb_is_listed_in_less_than_300_mb(tmp_path: Path) -> None:
     with open(tmp_path / "train.jsonl", "wb") as file:
         number = 0
         while number % 10_000 or file.tell() < 1_000_000_000:
-            file.write(json.dumps(meme(number)).encode() + b"\n")
+            file.write(json.dumps(meme(number) | {"text": "word " * 80}).encode() + b"\n")
             number += 1
     script = """
         import resource, sys
@@ -368,7 +368,7 @@ def test_a_file_of_1_gb_is_listed_in_less_than_300_mb(tmp_path: Path) -> None:
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     num_items, num_rejected, peak_mb = map(int, output.split())
     assert 1000 < num_items < 2100
-    assert num_rejected > 1000
+    assert num_rejected > 500
     assert peak_mb < 300
 
 
