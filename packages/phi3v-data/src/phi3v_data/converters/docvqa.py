@@ -1,0 +1,665 @@
+r"""DocVQA: questions about scanned pages, with every answer that counts as right.
+
+In, one of:
+
+    spdocvqa_qas/train_v1.0_withQT.json …   # the challenge's annotations: train, val, test; also
+    spdocvqa_images/ffbg0227_2.png …        # {train,val,test}/<split>_v1.0.json with documents/
+
+        {"dataset_name": "docvqa", …, "data": [
+          {"questionId": 26167, "question": "what is the page no or page mentioned ?",
+           "image": "documents/ffbg0227_2.png", "docId": 7467, "ucsf_document_id": "ffbg0227",
+           "ucsf_document_page_no": "2", "answers": ["2", "page 2"], "data_split": "val"}, …]}
+
+    DocVQA/validation-00000-of-00006.parquet …   # the hub's exports: columns image, question (or
+                                                 # query.en), answers, questionId (or id)
+    docvqa/train-00000-of-00002.parquet …        # the Cauldron: images, texts
+
+Out:
+
+    images/documents/ffbg0227_2.png              # from Parquet: images/val/<hash of it>.png
+    docvqa_train.jsonl  docvqa_val.jsonl  docvqa_test.jsonl
+
+    {"id": "val-26167", "source": "docvqa", "conversations": [
+      {"images": ["documents/ffbg0227_2.png"],
+       "user": "what is the page no or page mentioned ?\nAnswer briefly.",
+       "assistant": "2", "answers": ["2", "page 2"]}],
+     "metadata": {"docId": 7467, "ucsf_document_id": "ffbg0227", "ucsf_document_page_no": "2"}}
+
+All accepted answers are kept as written; `assistant` is the first. The test split has none: its
+samples end with the question. Samples come in the order of the annotations. Where both
+`train_v1.0.json` and `train_v1.0_withQT.json` are there the latter is read: the questions are the
+same, and it has their types. The Cauldron's rows hold their prompts and are taken as they are.
+
+Annotations are read in pieces: memory is bounded however large they are. A row that gives no sample
+is named with its reason; annotations that are not JSON at all are refused before anything is
+written.
+"""
+
+import codecs
+import json
+import os
+import re
+import unicodedata
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import xxhash
+
+from phi3v_data.converters import Item, Rejected
+from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
+from phi3v_data.converters.jsonl_rows import Row, RowError, canonical_id, parse_row, text_field
+from phi3v_data.converters.parquet_rows import (
+    ParquetError,
+    ParquetFile,
+    RowGroup,
+    column_names,
+    image_bytes,
+    list_parquet_files,
+    list_row_groups,
+    read_rows,
+)
+from phi3v_data.converters.source_images import ImageStore, Policy, find_image
+from phi3v_data.image_check import path_problem
+from phi3v_data.jsonl import byte_order_mark
+from phi3v_data.schema import MetadataValue, Sample, Turn
+
+SPLITS = ("train", "val", "test")
+
+LAYOUT = (
+    "{train,val,test}_v1.0[_withQT].json beside documents/ or spdocvqa_images/, "
+    "or Parquet with image and question, or with images and texts"
+)
+
+PROMPT = "{question}\nAnswer briefly."
+
+PAGE_FOLDERS = ("documents", "spdocvqa_images", "images")
+"""Where pages are looked for by their base name."""
+
+COLUMNS = (
+    *("image", "question", "query.en", "answers", "questionId", "id"),
+    *("docId", "ucsf_document_id", "ucsf_document_page_no", "question_types"),
+)
+"""Columns read of the hub's exports."""
+
+MAX_ROW_BYTES = 1 << 22
+"""A longer value is no row, and must not fill memory."""
+
+CHUNK_BYTES = 1 << 18
+
+MIN_GROUP_BYTES = 1 << 14
+MAX_GROUPS = 2048
+"""Small groups of rows keep all processes busy and little to redo; their number stays bounded."""
+
+IDS_AT_ONCE = 4096
+
+_ANNOTATION = re.compile(r"(train|val|test)(_v[0-9][0-9.]*)?(_withQT)?\.json", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class JsonRows:
+    """Consecutive rows of an annotation file."""
+
+    name: str
+    """The file's path below the source, for messages."""
+
+    start: int
+    """Offset of the first row's first byte."""
+
+    end: int
+    """Offset after the last row."""
+
+    first_row: int
+    """Number of the first row in the file, from 0."""
+
+    repeated: tuple[int, ...]
+    """Rows of these, counted from 0, whose id an earlier row of the split has."""
+
+    folders: tuple[str, ...]
+    """Folders that may hold the pages, nearest first."""
+
+
+@dataclass(frozen=True)
+class PageRows:
+    """A row group of a hub export."""
+
+    group: RowGroup
+    repeated: tuple[int, ...]
+    """As in `JsonRows`."""
+
+
+@dataclass(frozen=True)
+class DocVqa:
+    """The challenge's JSON, the hub's Parquet exports, or the Cauldron's."""
+
+    prompt: str = PROMPT
+    """What is asked; `{question}` is where the question goes. The Cauldron's rows hold theirs."""
+
+    images: Policy = "copy"
+    """`copy` pages, `link` them (hard links), or `reencode` them as JPEG."""
+
+    quality: int = 90
+    """JPEG quality of `reencode`, 1 to 100."""
+
+    def __post_init__(self) -> None:
+        from phi3v_data.rules import SPECIAL_TOKEN
+
+        ImageStore(self.images, self.quality)
+        if "{question}" not in self.prompt:
+            raise ValueError(f"prompt: expected {{question}} somewhere in it, got {self.prompt!r}")
+        token = SPECIAL_TOKEN.search(self.prompt)
+        if token:
+            raise ValueError(f"prompt: {token[0]!r} is a token of the chat format; leave it out")
+
+    @property
+    def name(self) -> str:
+        """Output files and samples are named after it."""
+        return "docvqa"
+
+    def discover(self, source: Path) -> Iterator[Item]:
+        """Yield groups of rows: train, val, then test, each in the annotations' order."""
+        annotations = _list_annotations(source)
+        parquet_files = _only_docvqa(list_parquet_files(source))
+        if annotations and parquet_files:
+            raise ValueError(
+                f"{source} holds annotations ({annotations[0].name}) and Parquet files "
+                f"({parquet_files[0].name}); name the one to convert"
+            )
+        if annotations:
+            yield from _list_json_items(annotations, source)
+        elif not parquet_files:
+            raise ValueError(f"no annotations found in {source}: expected {LAYOUT}")
+        elif {"images", "texts"} <= set(column_names(parquet_files[0])):
+            yield from list_cauldron_items(parquet_files, ImageStore(self.images, self.quality))
+        else:
+            if self.images == "link":
+                raise ValueError(
+                    "images=link: pictures inside a Parquet file have no links; use copy"
+                )
+            yield from _list_page_items(parquet_files)
+
+    def convert(self, item: Item, out_dir: Path) -> Iterator[Sample | Rejected]:
+        """Write the pages of a group of rows and yield their samples."""
+        store = ImageStore(self.images, self.quality)
+        if isinstance(item.payload, JsonRows):
+            yield from self._convert_json_rows(item, item.payload, out_dir, store)
+        elif isinstance(item.payload, PageRows):
+            yield from self._convert_page_rows(item, item.payload, out_dir, store)
+        else:
+            yield from convert_cauldron_rows(item, out_dir, self.name, 1, store)
+
+    def _convert_json_rows(
+        self, item: Item, rows: JsonRows, out_dir: Path, store: ImageStore
+    ) -> Iterator[Sample | Rejected]:
+        written: dict[str, str] = {}  # several questions a page: it is decoded once
+        for row in _read_json_rows(item.path, rows):
+            if isinstance(row, Rejected):
+                yield row
+                continue
+            try:
+                draft = self._draft(row, item.split)
+                name = _page_name(row)
+                if name not in written:
+                    path = find_image(_page_candidates(name, rows.folders), name)
+                    written[name] = store.put(out_dir, name, path, item.key)
+            except RowError as error:
+                yield Rejected(error.reason, f"{_label(row)}: {error.detail}")
+                continue
+            yield from draft.rejected
+            yield self._sample(draft, written[name])
+
+    def _convert_page_rows(
+        self, item: Item, rows: PageRows, out_dir: Path, store: ImageStore
+    ) -> Iterator[Sample | Rejected]:
+        written: dict[str, str] = {}
+        repeated = set(rows.repeated)
+        try:
+            for k, fields in enumerate(read_rows(rows.group, COLUMNS)):
+                row = Row(f"{rows.group.key}, row {k}", _named_as_in_json(fields))
+                try:
+                    if k in repeated:
+                        raise RowError("duplicate_id", "an earlier row has the same id")
+                    draft = self._draft(row, item.split)
+                    content = _content(row)
+                    digest = xxhash.xxh3_128_hexdigest(content)
+                    if digest not in written:
+                        written[digest] = store.put_bytes(out_dir, item.split, content, item.key)
+                except RowError as error:
+                    yield Rejected(error.reason, f"{_label(row)}: {error.detail}")
+                    continue
+                yield from draft.rejected
+                yield self._sample(draft, written[digest])
+        except ParquetError as error:
+            yield Rejected("damaged_file", str(error))
+
+    def _draft(self, row: Row, split: str) -> "_Draft":
+        identity = canonical_id(row.fields.get("questionId"))
+        if identity is None:
+            got = row.fields.get("questionId")
+            raise RowError("bad_row", f"expected a number or text under 'questionId', got {got!r}")
+        question = text_field(row, "question").strip()
+        answers, rejected = _answers(row)
+        if not answers and split != "test":
+            raise RowError("no_answer", f"{split} needs answers; only test may lack them")
+        return _Draft(
+            id=f"{split}-{identity}",
+            user=self.prompt.replace("{question}", question),
+            answers=answers,
+            metadata=_metadata(row),
+            rejected=rejected,
+        )
+
+    def _sample(self, draft: "_Draft", image: str) -> Sample:
+        turn = Turn(
+            images=(image,),
+            user=draft.user,
+            assistant=draft.answers[0] if draft.answers else None,
+            answers=draft.answers or None,
+        )
+        return Sample(
+            id=draft.id, source=self.name, conversations=(turn,), metadata=draft.metadata or None
+        )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A sample before its page is written."""
+
+    id: str
+    user: str
+    answers: tuple[str, ...]
+    metadata: dict[str, MetadataValue]
+    rejected: tuple[Rejected, ...]
+    """Answers left out."""
+
+
+# --- what a row says ------------------------------------------------------------------------------
+
+
+def _label(row: Row) -> str:
+    """Names a row in messages: where it is, and its question's number."""
+    identity = canonical_id(row.fields.get("questionId"))
+    return f"{row.where} (questionId {identity:.40})" if identity else row.where
+
+
+def _answers(row: Row) -> tuple[tuple[str, ...], tuple[Rejected, ...]]:
+    """All accepted answers, and what was left out of the list."""
+    value = row.fields.get("answers")
+    if value is None:
+        return (), ()
+    if not isinstance(value, list):
+        raise RowError("bad_row", f"expected a list under 'answers', got {value!r:.80}")
+    answers: list[str] = []
+    rejected: list[Rejected] = []
+    for k, answer in enumerate(cast("list[object]", value)):
+        try:
+            answers.append(text_field(Row("", {f"answers[{k}]": answer}), f"answers[{k}]"))
+        except RowError as error:
+            detail = f"{_label(row)}: {error.detail}; this answer is left out"
+            rejected.append(Rejected("bad_answer", detail))
+    if rejected and not answers:
+        raise RowError("no_answer", f"none of its {len(rejected)} answers is usable text")
+    return tuple(answers), tuple(rejected)
+
+
+def _metadata(row: Row) -> dict[str, MetadataValue]:
+    found: dict[str, MetadataValue] = {}
+    for key in ("docId", "ucsf_document_id", "ucsf_document_page_no"):
+        value = row.fields.get(key)
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            found[key] = value
+    types = row.fields.get("question_types")
+    if isinstance(types, list) and types:
+        found["question_types"] = ", ".join(str(kind) for kind in cast("list[object]", types))
+    return found
+
+
+def _page_name(row: Row) -> str:
+    """The page's name in the output: as the row has it, in `documents/` where it has no folder."""
+    value = row.fields.get("image")
+    if not isinstance(value, str):
+        raise RowError("bad_row", f"expected a path under 'image', got {value!r:.80}")
+    problem = path_problem(value)
+    if not problem and any(unicodedata.category(character) == "Cc" for character in value):
+        problem = "holds control characters"
+    if problem:
+        raise RowError("bad_path", f"image {value!r:.120} {problem}")
+    path = PurePosixPath(value)
+    if not path.name:
+        raise RowError("bad_path", f"image {value!r:.120} names no file")
+    return str(path) if len(path.parts) > 1 else f"documents/{path}"
+
+
+def _page_candidates(name: str, folders: tuple[str, ...]) -> list[Path]:
+    base_name = PurePosixPath(name).name
+    names = dict.fromkeys((name, *(f"{page}/{base_name}" for page in PAGE_FOLDERS), base_name))
+    return [Path(folder, candidate) for folder in folders for candidate in names]
+
+
+def _content(row: Row) -> bytes:
+    try:
+        return image_bytes(row.fields.get("image"))
+    except ValueError as error:
+        raise RowError("missing_image", str(error)) from None
+
+
+def _named_as_in_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """A hub row under the challenge's names: some exports have `query.en` and `id`."""
+    named = dict(fields)
+    query = named.pop("query", None)
+    if isinstance(query, dict):
+        named.setdefault("question", cast("dict[str, object]", query).get("en"))
+    identity = named.pop("id", None)
+    named.setdefault("questionId", identity)
+    return named
+
+
+# --- the challenge's JSON -------------------------------------------------------------------------
+
+
+def _list_annotations(source: Path) -> list[Path]:
+    """The annotation file of each split, in `source` or up to two folders down."""
+    if source.is_file():
+        return [source] if source.suffix.lower() == ".json" else []
+    found: dict[str, list[Path]] = {}
+    for folder, folders, names in os.walk(source, followlinks=True):  # not endless: see depth
+        depth = len(Path(folder).relative_to(source).parts)
+        folders[:] = sorted(f for f in folders if depth < 2 and not f.startswith("."))
+        for name in sorted(names):
+            match = _ANNOTATION.fullmatch(name)
+            if match:
+                found.setdefault(match[1].lower(), []).append(Path(folder, name))
+    return [_choose(split, found[split], source) for split in SPLITS if split in found]
+
+
+def _choose(split: str, paths: list[Path], source: Path) -> Path:
+    """The file with question types, of two that are the same otherwise."""
+    with_types = [path for path in paths if "_withqt" in path.name.lower()]
+    plain = {re.sub(r"_withQT", "", path.name, flags=re.IGNORECASE) for path in paths}
+    if len(paths) == 1:
+        return paths[0]
+    if len(paths) == 2 and len(with_types) == 1 and len(plain) == 1:
+        return with_types[0]
+    names = ", ".join(path.relative_to(source).as_posix() for path in paths)
+    raise ValueError(f"{source} holds several annotations of {split} ({names}); keep or name one")
+
+
+def _list_json_items(annotations: list[Path], source: Path) -> Iterator[Item]:
+    index = 0
+    for path in annotations:
+        name = path.name if path == source else path.relative_to(source).as_posix()
+        document = _scan(path, name)
+        repeated = _repeated(document.hashes)
+        folders = _folders_above(path, source)
+        ends = [*document.first_rows, len(document.hashes)][1:]
+        bounds = zip(document.starts, document.ends, document.first_rows, ends, strict=True)
+        for start, end, first_row, end_row in bounds:
+            low, high = np.searchsorted(repeated, (first_row, end_row)).tolist()
+            rows = JsonRows(
+                name, start, end, first_row, tuple((repeated[low:high] - first_row).tolist()),
+                folders,
+            )  # fmt: skip
+            key = f"{name} row {first_row}"
+            yield Item(index, key, str(path), split=document.split, payload=rows)
+            index += 1
+
+
+def _folders_above(annotation: Path, source: Path) -> tuple[str, ...]:
+    """From the annotation file's own folder up to the source; one further for a file alone."""
+    top = Path(os.path.abspath(source))
+    if top.is_file():
+        top = top.parent.parent
+    folder = Path(os.path.abspath(annotation)).parent
+    return tuple(str(f) for f in (folder, *folder.parents) if f.is_relative_to(top))
+
+
+@dataclass(frozen=True)
+class _Document:
+    """Where the rows of an annotation file are, in groups, and what their ids are."""
+
+    split: str
+    starts: "array[int]"
+    ends: "array[int]"
+    first_rows: "array[int]"
+    hashes: "array[int]"
+    """Of the id of every row, in order."""
+
+
+def _scan(path: Path, name: str) -> _Document:
+    """Find the rows of an annotation file in one pass.
+
+    Raises:
+        ValueError: it is not JSON, or has no list of rows.
+    """
+    starts, ends, first_rows, hashes = (array("Q") for _ in range(4))
+    group_bytes = max(MIN_GROUP_BYTES, path.stat().st_size // MAX_GROUPS)
+    row_split: object = None
+    with open(path, "rb") as file:
+        text = _JsonText(file, name)
+        for start, end, value in text.read_rows():
+            fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+            # A row that asks nothing takes no id from a later one that does.
+            asks = str(fields.get("question") or "").strip() and fields.get("image")
+            identity = canonical_id(fields.get("questionId")) if asks else None
+            unique = f"\0row {len(hashes)}"
+            row_split = row_split or fields.get("data_split")
+            if not starts or ends[-1] - starts[-1] >= group_bytes:
+                starts.append(start)
+                ends.append(end)
+                first_rows.append(len(hashes))
+            ends[-1] = end
+            hashes.append(_hash(unique if identity is None else identity))
+    match = _ANNOTATION.fullmatch(path.name)
+    for said in (match and match[1], text.header.get("dataset_split"), row_split):
+        split = {"validation": "val"}.get(str(said).lower(), str(said).lower())
+        if split in SPLITS:
+            return _Document(split, starts, ends, first_rows, hashes)
+    raise ValueError(
+        f"{name}: expected its name to start with train, val or test, or 'dataset_split' to say it"
+    )
+
+
+def _hash(identity: str) -> int:
+    return xxhash.xxh3_64_intdigest(identity.encode("utf-8", "surrogatepass"))
+
+
+def _repeated(hashes: "array[int]") -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Positions whose value occurs at an earlier one, ascending.
+
+    Two of ten million different ids share one of these hashes with a chance of 3 in a million.
+    """
+    values = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, dtype=np.uint64)
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    return np.sort(order[1:][ordered[1:] == ordered[:-1]])
+
+
+def _read_json_rows(path: str, rows: JsonRows) -> Iterator[Row | Rejected]:
+    """Yield the rows of a group in order, or why one is none."""
+    with open(path, "rb") as file:
+        file.seek(rows.start)
+        text = file.read(rows.end - rows.start).decode("utf-8", "surrogateescape")
+    file_name = Path(rows.name).name
+    repeated = set(rows.repeated)
+    at, k = 0, 0
+    while at < len(text):
+        _, end = _DECODER.raw_decode(text, at)
+        where = f"{file_name} row {rows.first_row + k}"
+        try:
+            fields = parse_row(text[at:end].encode("utf-8", "surrogateescape"))
+            if k in repeated:
+                raise RowError("duplicate_id", "an earlier row has the same id")
+            yield Row(where, fields)
+        except RowError as error:
+            yield Rejected(error.reason, f"{where}: {error.detail}")
+        at, k = cast("re.Match[str]", _BETWEEN_ROWS.match(text, end)).end(), k + 1
+
+
+# Control characters in a string make a bad row, not a bad file.
+_DECODER = json.JSONDecoder(strict=False)
+_SPACE = re.compile(r"[ \t\n\r]*")
+_BETWEEN_ROWS = re.compile(r"[ \t\n\r,]*")
+
+
+class _JsonText:
+    """A JSON document read value by value through a window that moves along the file.
+
+    Bytes that are no UTF-8 become surrogates and back, so that offsets hold and one bad row costs
+    no other.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        encoding = byte_order_mark(file.read(4))
+        if encoding == "UTF-16":
+            raise ValueError(f"{name} is {encoding}; expected UTF-8: save it as that")
+        self.header: dict[str, object] = {}
+        """What the document says beside its rows, as far as it was read."""
+        self._offset = 3 if encoding else 0  # of the text not yet passed, in the file
+        file.seek(self._offset)
+        self._file, self._name = file, name
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._text, self._at = "", 0
+
+    def read_rows(self) -> Iterator[tuple[int, int, object]]:
+        """Yield (start, end, value) of the rows: of the list under `data`, or of a list alone.
+
+        Raises:
+            ValueError: the document is not JSON, or has no such list.
+        """
+        if self._peek() == "[":
+            yield from self._read_list()
+        else:
+            self._take("{")
+            has_rows = False
+            while self._peek() != "}":
+                key = self._read_value()
+                self._take(":")
+                if key == "data" and self._peek() == "[":
+                    has_rows = True
+                    yield from self._read_list()
+                else:
+                    self.header[str(key)] = self._read_value()
+                if self._peek() != "}":
+                    self._take(",")
+            self._take("}")
+            if not has_rows:
+                raise ValueError(
+                    f"{self._name}: expected a list of questions under 'data', got the keys "
+                    f"{', '.join(self.header) or 'none'}"
+                )
+        if self._peek():
+            raise self._error("something follows the end of the document")
+
+    def _read_list(self) -> Iterator[tuple[int, int, object]]:
+        self._take("[")
+        while self._peek() != "]":
+            start = self._offset
+            value = self._read_value()
+            yield start, self._offset, value
+            if self._peek() != "]":
+                self._take(",")
+        self._take("]")
+
+    def _read_value(self) -> object:
+        self._peek()
+        while True:
+            problem = "the value is cut off"
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+                # What ends with the window may go on after it, as a number does.
+                if end < len(self._text) or not self._fill():
+                    self._pass(end - self._at if end < len(self._text) else len(self._text))
+                    return value
+                continue
+            except RecursionError:
+                raise self._error("nested too deeply") from None
+            except json.JSONDecodeError as error:
+                problem = error.msg
+            if len(self._text) - self._at > MAX_ROW_BYTES:
+                raise self._error(f"{problem} (or a value of more than {MAX_ROW_BYTES:,} bytes)")
+            if not self._fill():
+                raise self._error(problem)
+
+    def _take(self, expected: str) -> None:
+        found = self._peek()
+        if found != expected:
+            raise self._error(f"expected {expected!r}, got {found or 'the end of the file'!r}")
+        self._pass(1)
+
+    def _peek(self) -> str:
+        """The next character that is not white space; empty at the end of the file."""
+        while True:
+            space = cast("re.Match[str]", _SPACE.match(self._text, self._at))
+            self._pass(space.end() - self._at)
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._fill():
+                return ""
+
+    def _pass(self, num_characters: int) -> None:
+        passed = self._text[self._at : self._at + num_characters]
+        self._offset += len(passed) if passed.isascii() else len(_encode(passed))
+        self._at += num_characters
+
+    def _fill(self) -> bool:
+        """Append to the window what comes next; False at the end of the file."""
+        content = self._file.read(CHUNK_BYTES)
+        more = self._decoder.decode(content, final=not content)
+        self._text, self._at = self._text[self._at :] + more, 0
+        return bool(content or more)
+
+    def _error(self, problem: str) -> ValueError:
+        return ValueError(
+            f"{self._name} is not JSON from byte {self._offset} on: {problem}; "
+            "repair it, or get it again"
+        )
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+# --- the hub's exports ----------------------------------------------------------------------------
+
+
+def _only_docvqa(files: list[ParquetFile]) -> list[ParquetFile]:
+    """Of a repository of several data sets, what lies in the folder of this one."""
+    inside = [f for f in files if "docvqa" in PurePosixPath(f.name.lower()).parts[:-1]]
+    return inside or files
+
+
+def _list_page_items(files: list[ParquetFile]) -> Iterator[Item]:
+    columns = {file.name: column_names(file) for file in files}
+    for name, found in columns.items():
+        if "image" not in found or not {"question", "query"} & set(found):
+            raise ValueError(
+                f"{name}: expected the columns image and question (or query), or images and texts; "
+                f"got {', '.join(found)}"
+            )
+        if not {"questionId", "id"} & set(found):
+            raise ValueError(f"{name}: expected a column questionId or id; got {', '.join(found)}")
+    index = 0
+    groups = list(list_row_groups(files))
+    for split in dict.fromkeys(group.split for group in groups):
+        of_split = [group for group in groups if group.split == split]
+        hashes = array("Q")
+        for group in of_split:
+            hashes.extend(_id_hashes(group, "questionId" in columns[group.name]))
+        repeated = _repeated(hashes)
+        for group in of_split:
+            bounds = (group.first_row, group.first_row + group.num_rows)
+            low, high = np.searchsorted(repeated, bounds).tolist()
+            payload = PageRows(group, tuple((repeated[low:high] - group.first_row).tolist()))
+            yield Item(index, group.key, group.path, split=split, payload=payload)
+            index += 1
+
+
+def _id_hashes(group: RowGroup, has_question_id: bool) -> Iterator[int]:
+    """The hash of each row's id; only that column is read."""
+    column = "questionId" if has_question_id else "id"
+    for k, fields in enumerate(read_rows(group, (column,), rows_at_once=IDS_AT_ONCE)):
+        identity = canonical_id(fields[column])
+        yield _hash(f"\0row {group.first_row + k}" if identity is None else identity)
