@@ -21,11 +21,12 @@ apart is rejected together. In memory are one chunk, or one record.
 """
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from phi3v_data.converters import Rejected
 from phi3v_data.converters.jsonl_rows import RowError, parse_row
@@ -43,12 +44,14 @@ CHUNK_BYTES = 1 << 20
 _UTF8_MARK = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 
-# Strings are passed over whole, so that a bracket in a text is none. Possessive: what was passed
-# over is never tried again, which would cost quadratic time, and memory, on a hostile file.
-_STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
-_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
-_TO_BRACKET = re.compile(rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+", re.DOTALL)
-_TO_BRACKET_OR_COMMA = re.compile(rb'(?:[^"{}\[\],]++|' + _STRING + rb")*+", re.DOTALL)
+_QUOTE = ord('"')
+_COMMA = ord(",")
+_STEPS = np.zeros(256, np.int8)
+"""What a byte outside of strings does to the depth of brackets."""
+_STEPS[list(b"[{")] = 1
+_STEPS[list(b"]}")] = -1
+_MARKS = bytes(byte in b'"[]{},' for byte in range(256))
+"""To translate by: 1 for the bytes that structure consists of."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,7 @@ class Record:
     """Its text is valid Unicode, and no key occurred twice."""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Where one element is, with the white space around it."""
 
     start: int
@@ -120,7 +122,7 @@ class ArrayCutter:
         """Offset of the bracket that closes the array; None as long as it was not met."""
 
         self._offset = start  # of the next chunk
-        self._element = Span(start, start, line)
+        self._element_start, self._element_line = start, line
         self._line = line
         self._depth = 1
         self._in_string = False
@@ -136,51 +138,43 @@ class ArrayCutter:
     def rest(self) -> Span:
         """The last element, after the last comma: up to the closing bracket, or what was seen."""
         end = self._offset if self.closing is None else self.closing
-        return Span(self._element.start, end, self._element.line)
+        return Span(self._element_start, end, self._element_line)
 
     def _cut(self, chunk: bytes) -> Iterator[Span]:
-        position = counted = 0
-        while (position := self._next_mark(chunk, position)) < len(chunk):
-            mark = chunk[position : position + 1]
-            if mark == b'"':
-                self._in_string = True
-            elif mark in (b"[", b"{"):
-                self._depth += 1
-            elif mark == b",":
-                self._line += chunk.count(b"\n", counted, position)
-                counted = position
-                end = self._offset + position
-                yield Span(self._element.start, end, self._element.line)
-                self._element = Span(end + 1, end + 1, self._line)
-            else:
-                self._depth -= 1
-                if self._depth == 0:
-                    self.closing = self._offset + position
-                    return
-            position += 1
+        plain = self._without_escapes(chunk)
+        places = np.flatnonzero(np.frombuffer(plain.translate(_MARKS), np.bool_))
+        marks = np.frombuffer(plain, np.uint8)[places]
+        in_string = (np.cumsum(marks == _QUOTE) + self._in_string) % 2 == 1
+        depths = np.cumsum(np.where(in_string, 0, _STEPS[marks]), dtype=np.int64) + self._depth
+        ends = np.flatnonzero(depths <= 0)
+        closing = int(places[ends[0]]) if len(ends) else None
+        counted = 0
+        commas = places[(marks == _COMMA) & ~in_string & (depths == 1)].tolist()
+        for place in commas:
+            if closing is not None and place > closing:
+                break
+            self._line += chunk.count(b"\n", counted, place)
+            counted = place
+            end = self._offset + place
+            yield Span(self._element_start, end, self._element_line)
+            self._element_start, self._element_line = end + 1, self._line
+        if closing is not None:
+            self.closing = self._offset + closing
+        elif len(places):
+            self._in_string, self._depth = bool(in_string[-1]), int(depths[-1])
         self._line += chunk.count(b"\n", counted)
         self._offset += len(chunk)
 
-    def _next_mark(self, chunk: bytes, position: int) -> int:
-        """The next bracket, comma between elements, or quote of a string that leaves the chunk."""
-        if self._in_string and position < len(chunk):
-            if self._is_escaped:
-                self._is_escaped = False
-                position += 1
-            match = _STRING_REST.match(chunk, position)
-            assert match is not None, "it matches nothing, too"
-            position = match.end()
-            if position == len(chunk):
-                return position
-            if chunk[position : position + 1] == b"\\":  # and what it escapes is in the next chunk
-                self._is_escaped = True
-                return len(chunk)
-            self._in_string = False
-            position += 1
-        pattern = _TO_BRACKET_OR_COMMA if self._depth == 1 else _TO_BRACKET
-        match = pattern.match(chunk, position)
-        assert match is not None, "it matches nothing, too"
-        return match.end()
+    def _without_escapes(self, chunk: bytes) -> bytes:
+        """The chunk with its escapes blanked, so that every quote left begins or ends a string."""
+        if self._is_escaped:
+            chunk = b"_" + chunk[1:]
+        self._is_escaped = False
+        if b"\\" in chunk:
+            # Of a run of backslashes the pairs go first; an odd one escapes what follows.
+            chunk = chunk.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+            self._is_escaped = chunk.endswith(b"\\")
+        return chunk
 
 
 def list_record_groups(
