@@ -136,8 +136,8 @@ ONE_QUESTION: dict[str, Any] = {
                           {"type": "text", "text": "What?", "image": None}], "A cat."),
     "trl": chat([{"type": "image"}, {"type": "text", "text": "What?"}], "A cat.",
                 images=["a.png"]),
-    "transformers, url": chat([{"type": "image", "url": "./a.png"}, {"type": "text", "text": "What?"}],
-                       "A cat."),
+    "transformers, url": chat([{"type": "image", "url": "./a.png"},
+                               {"type": "text", "text": "What?"}], "A cat."),
 }  # fmt: skip
 
 
