@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from phi3v_data.converters import Rejected
 from phi3v_data.converters import json_records as module
@@ -50,6 +50,7 @@ def parse_by_elements(content: bytes, chunk_bytes: int) -> Any:
     return [json.loads(piece) for piece in pieces]
 
 
+@settings(deadline=None)  # machines differ
 @given(st.lists(VALUES, max_size=5), INDENTS, st.booleans(), st.integers(1, 40))
 def test_the_elements_of_any_array_are_those_json_finds(
     values: list[Any], indent: int | None, ascii_only: bool, chunk_bytes: int
@@ -58,6 +59,7 @@ def test_the_elements_of_any_array_are_those_json_finds(
     assert parse_by_elements(content, chunk_bytes) == values
 
 
+@settings(deadline=None)  # machines differ
 @given(
     st.lists(VALUES, max_size=4),
     st.data(),
@@ -82,6 +84,7 @@ def outcome(parse: Callable[[], Any]) -> Any:
         return "refused"
 
 
+@settings(deadline=None)  # machines differ
 @given(st.lists(VALUES, min_size=1, max_size=4), INDENTS, st.integers(1, 9))
 def test_lines_are_counted_across_chunks(
     values: list[Any], indent: int | None, chunk_bytes: int
@@ -105,6 +108,7 @@ def read_all(path: Path, group_bytes: int | None = None) -> list[Record | Reject
     return [found for group in groups_of(path, group_bytes) for found in read_records(group)]
 
 
+@settings(deadline=None)  # machines differ
 @given(
     st.lists(st.dictionaries(st.text(max_size=3), SCALARS, max_size=3), max_size=8),
     st.sampled_from(["lines", "array", "pretty"]),
