@@ -99,9 +99,14 @@ def test_the_prompt_is_the_one_that_training_sees(tiny: object) -> None:
     [
         ([user({"type": "video"})], "message 0: expected entries of type text or image"),
         ([user("What?")], "message 0: expected entries of type text or image, got 'What\\?'"),
+        ([{"role": "user", "content": None}], "message 0: expected content to be a string or a l"),
+        ([user({"type": "text"})], "message 0: expected entries of type text or image"),
+        ([user({"type": "image_url", "image_url": {}})], "message 0: expected .image_url.:"),
+        ([user({"type": "image_url"})], "message 0: expected .image_url.:"),
+        ([user(image(base64=b"abc"))], "message 0: expected base64 to be a string, got bytes"),
         ([{"content": "What?"}], "message 0: expected the keys role and content"),
         ([user(image(path="a"), image())], "1 of 2 image entries hold a picture"),
-        ([user(image(path="a", url="b"))], "an image entry holds one picture"),
+        ([user(image(path="a", url="b"))], "message 0: an image entry holds one picture"),
         ([user(image(), text("<|image_1|> What?"))], "image entries and written tags"),
         (
             [user(image()), {"role": "user", "content": "<|image_2|>"}],

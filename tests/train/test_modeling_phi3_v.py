@@ -5,7 +5,12 @@ import pytest
 import torch
 from phi3v_train.collator import EncodedSample, collate
 from phi3v_train.configuration_phi3_v import Phi3VConfig
-from phi3v_train.modeling_phi3_v import Phi3VForCausalLM, merge_patches, tile_crops
+from phi3v_train.modeling_phi3_v import (
+    Phi3VForCausalLM,
+    merge_patches,
+    sample_lengths,
+    tile_crops,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +26,7 @@ from tests.train.parity import (
     read_json,
     real_positions,
 )
+from tests.train.small_models import small_model
 
 LONG_CASES = ["rope_len_64", "rope_len_65", "rope_padded_batch_row1_alone"]
 
@@ -286,3 +292,30 @@ def test_patches_merge_two_by_two_and_crops_tile_to_the_image() -> None:
     tiled = tile_crops(merge_patches(crops), 2, 1)
     assert tiled.shape == (24, 12, 4)
     assert tiled[20, 3].tolist() == [whole[40, 6], whole[40, 7], whole[41, 6], whole[41, 7]]
+
+
+def test_a_sample_is_as_long_as_its_real_tokens_on_either_side_of_the_padding() -> None:
+    positions = torch.arange(6).expand(3, -1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]])
+    assert sample_lengths(positions, mask).tolist() == [3, 4, 5]
+    assert sample_lengths(positions, None).tolist() == [6, 6, 6]
+    assert sample_lengths(torch.tensor([[5]] * 3), mask).tolist() == [3, 4, 5]
+
+
+def test_padding_in_front_changes_no_logit_beyond_the_rope_limit() -> None:
+    model = small_model(original_max_position_embeddings=32).eval()
+    ids = torch.randint(3, 100, (1, 20), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([torch.zeros(1, 20, dtype=torch.int64), ids], dim=1)
+    mask = (torch.arange(40) >= 20).long()[None]
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits
+        beside = model(input_ids=padded, attention_mask=mask).logits[:, 20:]
+    torch.testing.assert_close(beside, alone, atol=1e-4, rtol=0)
+
+
+def test_pixels_beside_embeddings_are_refused() -> None:
+    model = small_model()
+    pixels = torch.zeros(1, 2, 3, 336, 336)
+    embeddings = torch.zeros(1, 5, model.config.hidden_size)
+    with pytest.raises(ValueError, match="expected no pixel_values beside inputs_embeds"):
+        model(inputs_embeds=embeddings, pixel_values=pixels, image_sizes=torch.tensor([[336, 336]]))

@@ -51,6 +51,7 @@ def test_any_mode_becomes_rgb(picture: Image.Image) -> None:
         ("data:image/png;base64,!", "cannot read the image data:image/png;base64,!"),
         (np.zeros((4, 4), np.uint8), r"cannot read the image array: expected uint8 \(H, W, 3\)"),
         (np.zeros((4, 4, 3), np.float32), r"expected uint8 \(H, W, 3\), got float32"),
+        ("http://127.0.0.1/a b.jpg", "cannot read the image http://127.0.0.1/a b.jpg: "),
         (17, "an image is a PIL image, .*got int"),
     ],
 )
@@ -64,3 +65,9 @@ def test_a_truncated_file_is_named(picture: Image.Image, tmp_path: Path) -> None
     path.write_bytes(png(picture.resize((200, 200)))[:500])
     with pytest.raises(ValueError, match=r"cannot read the image .*cut\.png"):
         read_picture(path)
+
+
+def test_a_picture_taken_for_a_path_does_not_fill_the_screen() -> None:
+    with pytest.raises(ValueError, match="cannot read the image") as caught:
+        read_picture("QUJD" * 10_000)
+    assert len(str(caught.value)) < 1000

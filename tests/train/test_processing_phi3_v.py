@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -243,3 +244,46 @@ def test_other_means_than_the_models_are_refused() -> None:
         Phi3VImageProcessor(image_mean=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="num_crops: expected at least 1"):
         Phi3VImageProcessor(num_crops=0)
+
+
+def test_generated_ids_decode_with_the_prompts_image_slots_left_out(door: Phi3VProcessor) -> None:
+    ids = door(prompt(1), colour("red"))["input_ids"]
+    text = door.decode(ids[0], skip_special_tokens=True)
+    assert "What is it?" in text
+    assert door.batch_decode(ids, skip_special_tokens=True) == [text]
+    assert door.decode(ids[0][ids[0] >= 0]) == door.decode(ids[0])
+
+
+def test_the_image_text_to_text_pipeline_answers(tiny: Path) -> None:
+    from transformers import AutoModelForImageTextToText, pipeline
+
+    processor = Phi3VProcessor.from_pretrained(tiny, num_crops=1)
+    model = AutoModelForImageTextToText.from_pretrained(tiny)
+    ask = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    entry = {"type": "image", "image": colour("red")}
+    messages = [{"role": "user", "content": [entry, {"type": "text", "text": "What is it?"}]}]
+    answer = cast("Any", ask)(text=messages, max_new_tokens=4, return_full_text=False)
+    assert isinstance(answer[0]["generated_text"], str)
+
+
+def test_generation_stops_at_strings(tiny: Path) -> None:
+    from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
+
+    processor = Phi3VProcessor.from_pretrained(tiny)
+    model = Phi3VForCausalLM.from_pretrained(tiny).eval()
+    inputs = processor("<|user|>\nHello<|end|>\n<|assistant|>\n")
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    free = model.generate(**inputs, **options)  # pyright: ignore[reportAttributeAccessIssue]
+    start = inputs["input_ids"].shape[1]
+    word = processor.tokenizer.decode(free[0, start : start + 3])
+    stopped = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+        **inputs, **options, stop_strings=[word], tokenizer=processor.tokenizer
+    )
+    assert start < stopped.shape[1] < free.shape[1]
+
+
+def test_a_misspelt_option_of_the_chat_template_is_refused(door: Phi3VProcessor) -> None:
+    with pytest.raises(ValueError, match=r"no option and no variable .* 'num_crop'"):
+        door.apply_chat_template([{"role": "user", "content": "Hello"}], num_crop=4)
+    with pytest.raises(ValueError, match="got one message; put it in a list"):
+        door.apply_chat_template({"role": "user", "content": "Hello"})  # pyright: ignore[reportArgumentType]

@@ -48,6 +48,8 @@ def render_messages(messages: Sequence[Mapping[str, Any]]) -> Rendered:
     images: list[Any] = []
     num_entries = 0
     has_written_tags = False
+    if isinstance(messages, Mapping):
+        raise ValueError("expected a list of messages, got one message; put it in a list")
     for position, message in enumerate(messages):
         if "role" not in message or "content" not in message:
             raise ValueError(
@@ -58,18 +60,23 @@ def render_messages(messages: Sequence[Mapping[str, Any]]) -> Rendered:
             has_written_tags |= IMAGE_TAG.search(content) is not None
             rendered.append({**message})
             continue
+        if not isinstance(content, list | tuple):
+            raise ValueError(
+                f"message {position}: expected content to be a string or a list of entries, got "
+                f"{type(content).__name__}"
+            )
         text = ""
         is_leading = True
         for entry in content:
             kind = entry.get("type") if isinstance(entry, Mapping) else None
-            if kind == "text":
+            if kind == "text" and isinstance(entry.get("text"), str):
                 has_written_tags |= IMAGE_TAG.search(entry["text"]) is not None
                 text += ("\n" if is_leading and text else "") + entry["text"]
                 is_leading = False
             elif kind in ("image", "image_url"):
                 num_entries += 1
                 text += f"<|image_{num_entries}|>"
-                images += _pictures(entry)
+                images += _pictures(entry, position)
             else:
                 raise ValueError(
                     f"message {position}: expected entries of type text or image, got {entry!r}"
@@ -88,13 +95,27 @@ def render_messages(messages: Sequence[Mapping[str, Any]]) -> Rendered:
     return Rendered(rendered, images)
 
 
-def _pictures(entry: Mapping[str, Any]) -> list[Any]:
+def _pictures(entry: Mapping[str, Any], position: int) -> list[Any]:
     if entry["type"] == "image_url":
-        address = entry["image_url"]
-        return [address["url"] if isinstance(address, Mapping) else address]
+        address = entry.get("image_url")
+        address = address.get("url") if isinstance(address, Mapping) else address
+        if not isinstance(address, str):
+            raise ValueError(
+                f'message {position}: expected "image_url": {{"url": "https://..."}}, got '
+                f"{sorted(entry)}"
+            )
+        return [address]
     found = [entry[key] for key in _SOURCE_KEYS if entry.get(key) is not None]
     if len(found) > 1:
-        raise ValueError(f"an image entry holds one picture, got {sorted(entry)}")
-    if found and entry.get("base64") is not None:
-        return [f"data:;base64,{entry['base64'].partition(',')[2] or entry['base64']}"]
-    return found
+        raise ValueError(
+            f"message {position}: an image entry holds one picture, got {sorted(entry)}"
+        )
+    if entry.get("base64") is None:
+        return found
+    code = entry["base64"]
+    if not isinstance(code, str):
+        raise ValueError(
+            f"message {position}: expected base64 to be a string, got {type(code).__name__}; raw "
+            "bytes go under the key image"
+        )
+    return [f"data:;base64,{code.partition(',')[2] or code}"]

@@ -717,6 +717,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
                 "past_key_values: expected a cache that grows, got one of fixed length "
                 f"({type(past_key_values).__name__}); leave cache_implementation at its default"
             )
+        if inputs_embeds is not None and pixel_values is not None:
+            raise ValueError(
+                "expected no pixel_values beside inputs_embeds, which have no image slots; pass "
+                "input_ids"
+            )
         images = self._image_inputs(pixel_values, image_sizes, crop_grid)
         if input_ids is None:
             assert inputs_embeds is not None
@@ -740,12 +745,9 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         position_ids = position_ids.expand(num_rows, -1)
         mask = causal_mask(num_new, num_past, attention_mask, device)
 
-        # A sample is as long as its last real token says, whatever the padding beside it.
-        real = position_ids
-        if attention_mask is not None:
-            real = real.masked_fill(attention_mask[:, -num_new:] == 0, 0)
+        lengths = sample_lengths(position_ids, attention_mask)
         limit = self.config.original_max_position_embeddings
-        is_long = (real.amax(dim=1, keepdim=True) >= limit).expand(-1, num_new)
+        is_long = (lengths > limit)[:, None].expand(-1, num_new)
         implementation = self.config._attn_implementation or "sdpa"
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -809,6 +811,8 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         a row past `original_max_position_embeddings` recomputes the prompt, pictures included,
         with an empty cache. The published model does the same.
         """
+        # transformers hands on what its stopping at strings needs; no model does.
+        kwargs.pop("tokenizer", None)
         if past_key_values is not None and self._outgrows_short_factors(
             input_ids.shape[1], past_key_values.get_seq_length(), attention_mask
         ):
@@ -923,6 +927,24 @@ def repeat_images(
     views = pictures["pixel_values"]
     per_image = views.split(grid.prod(dim=1).tolist() if "crop_grid" in pictures else 1)
     return {"pixel_values": torch.cat([per_image[image] for image in order]), **repeated}
+
+
+def sample_lengths(position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """How long the samples of a padded batch are, whatever the padding beside them: int64 (B,).
+
+    Args:
+        position_ids: int64 (B, T), of the new tokens.
+        attention_mask: (B, T including the cache), non-zero where a token is real, or None: all
+            are. Tokens between two real ones count.
+    """
+    if attention_mask is None:
+        return position_ids.amax(dim=1) + 1
+    width = attention_mask.shape[1]
+    places = torch.arange(width, device=attention_mask.device)
+    is_real = attention_mask != 0
+    first = places.masked_fill(~is_real, width).amin(dim=1)
+    last = places.masked_fill(~is_real, -1).amax(dim=1)
+    return (last - first + 1).clamp(min=0).to(position_ids.device)
 
 
 def causal_mask(

@@ -11,8 +11,8 @@ The picture is the one that training sees, whatever its mode, orientation or for
 """
 
 import os
-import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import TypeAlias
 
@@ -51,8 +51,10 @@ def read_picture(source: Picture) -> Image.Image:
             return decode_image(_read_bytes(os.fspath(source)))
         if isinstance(source, bytes | bytearray | memoryview):
             return decode_image(bytes(source))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"cannot read the image {_name(source)}: {error}") from error
+    except (ValueError, OSError, HTTPException) as error:
+        # An address or a path may be a whole picture in base64: the message stays readable.
+        reason = _shorten(str(error) or type(error).__name__)
+        raise ValueError(f"cannot read the image {_name(source)}: {reason}") from error
     raise ValueError(
         "an image is a PIL image, a uint8 array (H, W, 3), a path, an address or encoded bytes, "
         f"got {type(source).__name__}"
@@ -60,7 +62,7 @@ def read_picture(source: Picture) -> Image.Image:
 
 
 def _read_bytes(source: str) -> bytes:
-    if source.startswith(_ADDRESSES):
+    if source.lower().startswith(_ADDRESSES):
         with urllib.request.urlopen(source, timeout=_TIMEOUT_S) as response:
             return response.read()
     return Path(source).read_bytes()
@@ -79,5 +81,8 @@ def _name(source: object) -> str:
         return "array"
     if isinstance(source, bytes | bytearray | memoryview):
         return f"of {len(source):,} bytes"
-    name = str(source)
-    return name if len(name) <= 200 else name[:100] + "…"
+    return _shorten(str(source))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 300 else text[:150] + "…"

@@ -21,6 +21,7 @@ by their EXIF orientation, as in training; a batch of prompts is taken, padded i
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class Phi3VProcessor(ProcessorMixin):
             )
         if padding not in (False, True, "longest", "do_not_pad"):
             raise ValueError(f"padding: expected False, True or 'longest', got {padding!r}")
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else list(text or ())
         if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError("text: expected a prompt or a list of prompts")
         tags = [_image_tags(one) for one in texts]
@@ -176,12 +177,21 @@ class Phi3VProcessor(ProcessorMixin):
         Raises:
             ValueError: as `render_messages` and `__call__`.
         """
+        if isinstance(conversation, Mapping):
+            raise ValueError("expected a list of messages, got one message; put it in a list")
         is_batch = bool(conversation) and isinstance(conversation[0], list | tuple)
         rendered = [render_messages(one) for one in (conversation if is_batch else [conversation])]
         options = {**(processor_kwargs or {})}
         for name in ("padding", "max_length", "truncation", "num_crops", "padding_side", "images"):
             if name in kwargs:
                 options[name] = kwargs.pop(name)
+        template = chat_template or self.chat_template or self.tokenizer.chat_template
+        for name in kwargs:
+            if name not in ("tools", "documents") and not re.search(rf"\b{name}\b", str(template)):
+                raise ValueError(
+                    f"no option and no variable of the chat template is called {name!r}; options "
+                    "are padding, max_length, num_crops, padding_side and images"
+                )
         texts = [
             self.tokenizer.apply_chat_template(
                 one.messages,
@@ -232,6 +242,27 @@ class Phi3VProcessor(ProcessorMixin):
         if isinstance(self.chat_template, str):
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         return [str(path) for path in sorted(folder.iterdir())]
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any:
+        """Token ids to text, as the tokenizer's; the prompt's image slots are left out."""
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        if isinstance(ids, int):
+            ids = [ids]
+        if ids and isinstance(ids[0], list | tuple):
+            return self.batch_decode(ids, **kwargs)
+        return self.tokenizer.decode([token for token in ids if token >= 0], **kwargs)
+
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        """`decode` of several."""
+        return [self.decode(ids, **kwargs) for ids in sequences]
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """What transformers' image-text-to-text pipeline asks for: the texts of a batch."""
+        return self.batch_decode(
+            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+        )
 
     @property
     def model_input_names(self) -> list[str]:
