@@ -19,15 +19,10 @@ from phi3v_data.rules import IMAGE_MARK
 from phi3v_data.schema import Sample, Turn
 from PIL import Image
 
+from tests.data.annotations import rejections, write_image
 from tests.data.clips import decode_all, truncate, write_clip
 
 PICTURES = ("a.png", "b.png", "c.png")
-
-
-def write_image(path: Path, color: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 12), (color % 256, color // 256 % 256, 90)).save(path)
-    return path
 
 
 def write_source(root: Path, *rows: Any, name: str = "train.jsonl") -> Path:
@@ -46,12 +41,6 @@ def run(source: Path, out_dir: Path, **options: Any) -> ConversionResult:
 
 def samples_of(result: ConversionResult, split: str = "train") -> list[Sample]:
     return list(read_samples(result.files[split], allow_missing_answer=True))
-
-
-def rejections(result: ConversionResult) -> list[tuple[str, str]]:
-    assert result.rejected_file is not None
-    lines = result.rejected_file.read_text().splitlines()
-    return [(entry["reason"], entry["detail"]) for entry in map(json.loads, lines)]
 
 
 def convert_rows(tmp_path: Path, *rows: Any, **options: Any) -> list[Sample | Rejected]:

@@ -9,16 +9,10 @@ from phi3v_data.converters.clip_folders import ClipFolders
 from phi3v_data.jsonl import read_samples
 from PIL import Image
 
+from tests.data.annotations import touch
 from tests.data.clips import decode_all, truncate, write_clip
 
 CLIPS = Path(__file__).resolve().parents[3] / "shared" / "testdata" / "video_other"
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
 
 
 def keys(root: Path) -> list[str]:

@@ -14,23 +14,11 @@ from phi3v_data.convert import ConversionResult
 from phi3v_data.converters.hateful_memes import PROMPT, HatefulMemes
 from phi3v_data.jsonl import read_samples
 from phi3v_data.schema import Sample
-from PIL import Image
+
+from tests.data.annotations import assert_valid, contents, rejections, write_image, write_lines
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "testdata" / "hateful_memes"
 needs_real_lines = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real annotation lines")
-
-
-def write_image(path: Path, color: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (16, 12), (color % 256, color // 256 % 256, 90)).save(path)
-    return path
-
-
-def write_lines(path: Path, *rows: dict[str, Any] | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
 
 
 def meme(number: int, **changes: object) -> dict[str, Any]:
@@ -53,23 +41,6 @@ def run(source: Path, out_dir: Path, **options: Any) -> ConversionResult:
 
 def samples_of(result: ConversionResult, split: str = "train") -> list[Sample]:
     return list(read_samples(result.files[split], allow_missing_answer=True))
-
-
-def rejections(result: ConversionResult) -> list[tuple[str, str]]:
-    assert result.rejected_file is not None
-    lines = result.rejected_file.read_text().splitlines()
-    return [(entry["reason"], entry["detail"]) for entry in map(json.loads, lines)]
-
-
-def assert_valid(result: ConversionResult, *, allow_missing_answer: bool = False) -> None:
-    for path in result.files.values():
-        report = phi3v_data.validate([path], allow_missing_answer=allow_missing_answer)
-        assert not [d for d in report.diagnostics if d.severity == "error"], report.diagnostics
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_a_meme_becomes_a_yes_or_no_question(tmp_path: Path) -> None:

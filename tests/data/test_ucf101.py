@@ -12,17 +12,11 @@ from phi3v_data.jsonl import read_samples
 from phi3v_data.schema import Sample
 from PIL import Image
 
+from tests.data.annotations import touch
 from tests.data.clips import decode_all, truncate, write_clip, write_tree
 
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared" / "testdata" / "ucf101"
 CLIPS = ARCHIVE / "UCF-101"
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
 
 
 def keys(root: Path) -> list[str]:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from phi3v_data.converters import Item, Rejected
-from phi3v_data.converters.jsonl_rows import Row, RowError, text_field
 from phi3v_data.converters.parquet_rows import (
     ParquetError,
     ParquetFile,
@@ -30,6 +29,7 @@ from phi3v_data.converters.parquet_rows import (
     list_row_groups,
     read_rows,
 )
+from phi3v_data.converters.rows import Row, RowError, text_field
 from phi3v_data.converters.source_images import ImageStore
 from phi3v_data.schema import Sample, Turn
 

@@ -58,16 +58,21 @@ from typing import Any, Literal, cast
 from urllib.parse import unquote, urlsplit
 
 from phi3v_data.converters import Item, Rejected
-from phi3v_data.converters.clip_folders import SPLITS, FrameOptions, check_frame_options
+from phi3v_data.converters.clip_folders import (
+    SPLITS,
+    FrameOptions,
+    check_dataset_name,
+    check_frame_options,
+    read_clip,
+)
 from phi3v_data.converters.json_records import (
     Record,
     RecordGroup,
     list_record_groups,
     read_records,
 )
-from phi3v_data.converters.jsonl_rows import RowError
-from phi3v_data.converters.parquet_rows import write_image_once
-from phi3v_data.converters.source_images import ImageStore, Policy, find_image
+from phi3v_data.converters.rows import RowError, convert_rows
+from phi3v_data.converters.source_images import ImageStore, Policy, find_image, write_image_once
 from phi3v_data.image_check import path_problem
 from phi3v_data.schema import Sample, Turn
 
@@ -128,10 +133,7 @@ class ChatJsonl(FrameOptions):
     def __post_init__(self) -> None:
         check_frame_options(self)
         ImageStore(self.images, self.quality)
-        if not _DATASET.fullmatch(self.dataset):
-            raise ValueError(
-                f"dataset: expected letters, digits and `_.-`, as for a file, got {self.dataset!r}"
-            )
+        check_dataset_name(self.dataset)
         if self.system not in ("prepend", "drop", "reject"):
             raise ValueError(f"system: expected prepend, drop or reject, got {self.system!r}")
 
@@ -156,14 +158,8 @@ class ChatJsonl(FrameOptions):
         """Write the pictures of a group of records and yield their samples."""
         assert isinstance(item.payload, Records)
         shelf = _Shelf(self, item.payload.roots, out_dir, item.key)
-        for record in read_records(item.payload.group):
-            if isinstance(record, Rejected):
-                yield record
-                continue
-            try:
-                yield self._sample(record, item.split, shelf)
-            except RowError as error:
-                yield Rejected(error.reason, f"{record.where}: {error.detail}")
+        records = read_records(item.payload.group)
+        yield from convert_rows(records, lambda record: self._sample(record, item.split, shelf))
 
     def _sample(self, record: Record, split: str, shelf: "_Shelf") -> Sample:
         fields = record.fields
@@ -195,9 +191,6 @@ class ChatJsonl(FrameOptions):
         if source.is_dir() and os.path.abspath(source) not in folders:
             folders.append(os.path.abspath(source))
         return tuple(root for folder in folders for root in (folder, f"{folder}/images"))
-
-
-_DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -623,21 +616,9 @@ class _Shelf:
         return (self._store.put(self._out_dir, name, path, self._writer),)
 
     def _put_video(self, name: str, path: Path) -> tuple[str, ...]:
-        from phi3v_data import video
-
-        options = self._options
-        try:
-            jpegs = video.read_jpegs(
-                path,
-                options.num_frames,
-                short=options.short,
-                sampling=options.sampling,
-                seed=f"{options.seed} {name}",
-                quality=options.quality,
-                max_side=options.max_side,
-            )
-        except video.VideoError as error:
-            raise RowError(error.reason, f"{name}: {error.detail}") from None
+        jpegs = read_clip(path, self._options, name)
+        if isinstance(jpegs, Rejected):
+            raise RowError(jpegs.reason, f"{name}: {jpegs.detail}")
         names = tuple(f"{name}.{k}.jpg" for k in range(len(jpegs)))
         for frame, jpeg in zip(names, jpegs, strict=True):
             write_image_once(self._out_dir, frame, jpeg, self._writer)

@@ -95,10 +95,7 @@ class ClipFolders(FrameOptions):
 
     def __post_init__(self) -> None:
         check_frame_options(self)
-        if not _NAME.fullmatch(self.dataset):
-            raise ValueError(
-                f"dataset: expected letters, digits and `_.-`, as for a file, got {self.dataset!r}"
-            )
+        check_dataset_name(self.dataset)
         if not self.prompt.strip():
             raise ValueError("prompt: expected a question, got nothing")
 
@@ -133,6 +130,14 @@ class ClipFolders(FrameOptions):
         yield convert_clip(item, out_dir, self, self.name)
 
 
+def check_dataset_name(name: str) -> None:
+    """Raise ValueError where a data set's name could not start a file's."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"dataset: expected letters, digits and `_.-`, as for a file, got {name!r}"
+        )
+
+
 def check_frame_options(options: FrameOptions) -> None:
     """Raise ValueError where an option is out of range."""
     for name in ("num_frames", "quality", "seed", "max_side"):
@@ -151,28 +156,35 @@ def check_frame_options(options: FrameOptions) -> None:
         raise ValueError(f"max_side: expected at least 1 pixel, got {options.max_side!r}")
 
 
-def convert_clip(
-    item: Item, out_dir: Path, options: FrameOptions, source_name: str
-) -> Sample | Rejected:
-    """Write the frames of the clip in `item.payload` and return its sample, or say why not."""
+def read_clip(path: Path, options: FrameOptions, key: str) -> list[bytes] | Rejected:
+    """The wanted frames of a video as JPEGs, or why there are none; `key` seeds what is drawn."""
     from phi3v_data import video
 
-    clip = item.payload
-    assert isinstance(clip, Clip)
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in item.key):
-        return Rejected("bad_name", "the path holds control characters or is not UTF-8")
     try:
-        jpegs = video.read_jpegs(
-            item.path,
+        return video.read_jpegs(
+            path,
             options.num_frames,
             short=options.short,
             sampling=options.sampling,
-            seed=f"{options.seed} {item.key}",
+            seed=f"{options.seed} {key}",
             quality=options.quality,
             max_side=options.max_side,
         )
     except video.VideoError as error:
         return Rejected(error.reason, error.detail)
+
+
+def convert_clip(
+    item: Item, out_dir: Path, options: FrameOptions, source_name: str
+) -> Sample | Rejected:
+    """Write the frames of the clip in `item.payload` and return its sample, or say why not."""
+    clip = item.payload
+    assert isinstance(clip, Clip)
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in item.key):
+        return Rejected("bad_name", "the path holds control characters or is not UTF-8")
+    jpegs = read_clip(Path(item.path), options, item.key)
+    if isinstance(jpegs, Rejected):
+        return jpegs
     images = [
         write_image(out_dir, f"{item.split}/{clip.label}/{clip.stem}.{k}.jpg", jpeg)
         for k, jpeg in enumerate(jpegs)

@@ -51,7 +51,6 @@ import xxhash
 
 from phi3v_data.converters import Item, Rejected
 from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
-from phi3v_data.converters.jsonl_rows import Row, RowError, canonical_id, parse_row, text_field
 from phi3v_data.converters.parquet_rows import (
     ParquetError,
     ParquetFile,
@@ -61,6 +60,14 @@ from phi3v_data.converters.parquet_rows import (
     list_parquet_files,
     list_row_groups,
     read_rows,
+)
+from phi3v_data.converters.rows import (
+    Row,
+    RowError,
+    canonical_id,
+    group_bytes,
+    parse_row,
+    text_field,
 )
 from phi3v_data.converters.source_images import ImageStore, Policy, find_image
 from phi3v_data.image_check import path_problem
@@ -89,10 +96,6 @@ MAX_ROW_BYTES = 1 << 22
 """A longer value is no row, and must not fill memory."""
 
 CHUNK_BYTES = 1 << 18
-
-MIN_GROUP_BYTES = 1 << 14
-MAX_GROUPS = 2048
-"""Small groups of rows keep all processes busy and little to redo; their number stays bounded."""
 
 IDS_AT_ONCE = 4096
 
@@ -435,7 +438,7 @@ def _scan(path: Path, name: str) -> _Document:
         ValueError: it is not JSON, or has no list of rows.
     """
     starts, ends, first_rows, hashes = (array("Q") for _ in range(4))
-    group_bytes = max(MIN_GROUP_BYTES, path.stat().st_size // MAX_GROUPS)
+    wanted_bytes = group_bytes(path)
     row_split: object = None
     with open(path, "rb") as file:
         text = _JsonText(file, name)
@@ -446,7 +449,7 @@ def _scan(path: Path, name: str) -> _Document:
             identity = canonical_id(fields.get("questionId")) if asks else None
             unique = f"\0row {len(hashes)}"
             row_split = row_split or fields.get("data_split")
-            if not starts or ends[-1] - starts[-1] >= group_bytes:
+            if not starts or ends[-1] - starts[-1] >= wanted_bytes:
                 starts.append(start)
                 ends.append(end)
                 first_rows.append(len(hashes))

@@ -35,16 +35,13 @@ from phi3v_data.converters import Item, Rejected
 from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
 from phi3v_data.converters.jsonl_rows import (
     LineGroup,
-    Row,
-    RowError,
-    canonical_id,
     find_annotations,
     list_line_groups,
     read_rows,
     roots_above,
-    text_field,
 )
 from phi3v_data.converters.parquet_rows import list_parquet_files
+from phi3v_data.converters.rows import Row, RowError, canonical_id, convert_rows, text_field
 from phi3v_data.converters.source_images import ImageStore, Policy, find_image
 from phi3v_data.image_check import path_problem
 from phi3v_data.schema import Sample, Turn
@@ -119,17 +116,13 @@ class HatefulMemes:
     def convert(self, item: Item, out_dir: Path) -> Iterator[Sample | Rejected]:
         """Write the pictures of a group of rows and yield their samples."""
         store = ImageStore(self.images, self.quality)
-        if not isinstance(item.payload, Memes):
+        payload = item.payload
+        if not isinstance(payload, Memes):
             yield from convert_cauldron_rows(item, out_dir, self.name, 1, store)
             return
-        for row in read_rows(item.payload.lines):
-            if isinstance(row, Rejected):
-                yield row
-                continue
-            try:
-                yield self._sample(row, item, item.payload, out_dir, store)
-            except RowError as error:
-                yield Rejected(error.reason, f"{row.where}: {error.detail}")
+        yield from convert_rows(
+            read_rows(payload.lines), lambda row: self._sample(row, item, payload, out_dir, store)
+        )
 
     def _sample(
         self, row: Row, item: Item, memes: Memes, out_dir: Path, store: ImageStore

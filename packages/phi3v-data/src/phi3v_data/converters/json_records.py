@@ -28,16 +28,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from phi3v_data.converters import Rejected
-from phi3v_data.converters.jsonl_rows import RowError, parse_row
+from phi3v_data.converters import Rejected, rows
+from phi3v_data.converters.rows import RowError, parse_row
 from phi3v_data.jsonl import byte_order_mark
 
 MAX_RECORD_BYTES = 1 << 24
 """A longer record is refused, so that memory stays bounded: 16 MiB hold some embedded pictures."""
-
-MIN_GROUP_BYTES = 1 << 14
-MAX_GROUPS = 2048
-"""Small groups keep all processes busy and little to redo; their number stays bounded."""
 
 CHUNK_BYTES = 1 << 20
 
@@ -190,7 +186,7 @@ def list_record_groups(
     Raises:
         ValueError: the file as a whole is something else: UTF-16, or one object over many lines.
     """
-    group_bytes = group_bytes or max(MIN_GROUP_BYTES, path.stat().st_size // MAX_GROUPS)
+    group_bytes = group_bytes or rows.group_bytes(path)
     with open(path, "rb") as file:
         start, line = _find_start(file, name)
         file.seek(start)

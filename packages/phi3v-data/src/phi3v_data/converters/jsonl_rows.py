@@ -18,7 +18,6 @@ bytes for each id met so far: a later line with the same id is rejected, in what
 read. A UTF-8 byte order mark at the start of the file is passed over; it takes nothing away.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -32,14 +31,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from phi3v_data.converters import Rejected
+from phi3v_data.converters.rows import Row, RowError, canonical_id, group_bytes, parse_row
 from phi3v_data.jsonl import byte_order_mark
 
 MAX_LINE_BYTES = 1 << 20
 """A longer line is no row of any data set, and a file without line breaks must not fill memory."""
-
-MIN_GROUP_BYTES = 1 << 14
-MAX_GROUPS = 2048
-"""Small groups keep all processes busy and little to redo; their number stays bounded."""
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -68,26 +64,6 @@ class LineGroup:
     def key(self) -> str:
         """A stable, unique name for the item made of it."""
         return f"{self.name}:{self.first_line}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One object of the file."""
-
-    where: str
-    """File name and line, to start messages with."""
-
-    fields: dict[str, Any]
-    """Its text is valid Unicode, and no key occurred twice."""
-
-
-class RowError(ValueError):
-    """A row gives no sample; becomes a `Rejected` with the row's place."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
 
 
 def find_annotations(
@@ -162,7 +138,7 @@ def list_line_groups(path: Path, name: str, id_key: str) -> Iterator[LineGroup]:
         ValueError: the file as a whole is something else: UTF-16, or one JSON array.
     """
     read_id = _IdReader(id_key)
-    group_bytes = max(MIN_GROUP_BYTES, path.stat().st_size // MAX_GROUPS)
+    wanted_bytes = group_bytes(path)
     seen = _SeenIds()
     with open(path, "rb") as file:
         _check_is_json_lines(file.read(64), name)
@@ -176,7 +152,7 @@ def list_line_groups(path: Path, name: str, id_key: str) -> Iterator[LineGroup]:
                 hashes.append(xxhash.xxh3_64_intdigest(identity.encode()))
                 positions.append(line_number - first_line + 1)
             line_number += 1
-            if file.tell() - start >= group_bytes:
+            if file.tell() - start >= wanted_bytes:
                 repeated = seen.add(hashes, positions)
                 yield LineGroup(str(path), name, start, file.tell(), first_line, repeated)
                 start, first_line = file.tell(), line_number + 1
@@ -207,66 +183,6 @@ def read_rows(group: LineGroup) -> Iterator[Row | Rejected]:
                 return
 
 
-def parse_row(line: bytes) -> dict[str, Any]:
-    """One line as an object.
-
-    Raises:
-        RowError: it is none (`bad_utf8`, `bad_json`, `not_object`, `duplicate_key`), or holds text
-            that no UTF-8 file can (`bad_unicode`).
-    """
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        detail = f"byte 0x{line[error.start]:02x} at {error.start} is not UTF-8"
-        raise RowError("bad_utf8", detail) from None
-    try:
-        value: object = json.loads(text, object_pairs_hook=_object)
-    except RowError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise RowError("bad_json", f"not a JSON object: {error}") from None
-    if not isinstance(value, dict):
-        raise RowError("not_object", f"expected an object, got {type(value).__name__}")
-    if "\\u" in text:  # only an escape can give half a surrogate pair
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            detail = "an escape gives half of a surrogate pair, which is no character"
-            raise RowError("bad_unicode", detail) from None
-    return cast("dict[str, Any]", value)
-
-
-def text_field(row: Row, key: str) -> str:
-    """The text under `key`.
-
-    Raises:
-        RowError: it is missing, blank, or no text (`bad_row`), or holds a special token of the
-            model, which would end a turn or open another (`special_token`).
-    """
-    from phi3v_data.rules import IMAGE_MARK, SPECIAL_TOKEN
-
-    value = row.fields.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise RowError("bad_row", f"expected text under {key!r}, got {value!r:.80}")
-    token = SPECIAL_TOKEN.search(value) or IMAGE_MARK.search(value)
-    if token:
-        raise RowError("special_token", f"{key!r} holds {token[0]!r}, a special token of the model")
-    return value
-
-
-def canonical_id(value: object) -> str | None:
-    """An id as text, numbers without leading zeros, so that `7`, `"7"` and `"00007"` are one.
-
-    None for what is no id: an empty text, a fraction, a truth value, or a number below zero.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return None
-    text = str(value)
-    if text.isascii() and text.isdigit():
-        return text.lstrip("0") or "0"
-    return text if isinstance(value, str) and text else None
-
-
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
     """Yield the lines from here on, without a byte order mark; None for one that is too long."""
     is_start = file.tell() == 0
@@ -286,15 +202,6 @@ def _check_is_json_lines(head: bytes, name: str) -> None:
         raise ValueError(f"{name} is {encoding}; expected UTF-8: save it as that")
     if head.removeprefix(_UTF8_MARK).lstrip().startswith(b"["):
         raise ValueError(f"{name} is one JSON array; expected one object a line")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError("duplicate_key", f"the key {twice!r:.80} occurs twice")
-    return found
 
 
 class _IdReader:

@@ -37,15 +37,13 @@ from phi3v_data.converters import Item, Rejected
 from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
 from phi3v_data.converters.jsonl_rows import (
     LineGroup,
-    Row,
-    RowError,
     find_annotations,
     list_line_groups,
     read_rows,
     roots_above,
-    text_field,
 )
 from phi3v_data.converters.parquet_rows import list_parquet_files
+from phi3v_data.converters.rows import Row, RowError, convert_rows, text_field
 from phi3v_data.converters.source_images import ImageStore, Policy, find_image
 from phi3v_data.schema import Sample, Turn
 
@@ -119,17 +117,14 @@ class Nlvr2:
     def convert(self, item: Item, out_dir: Path) -> Iterator[Sample | Rejected]:
         """Write the pictures of a group of rows and yield their samples."""
         store = ImageStore(self.images, self.quality)
-        if not isinstance(item.payload, Pairs):
+        payload = item.payload
+        if not isinstance(payload, Pairs):
             yield from convert_cauldron_rows(item, out_dir, self.name, 2, store)
             return
-        for row in read_rows(item.payload.lines):
-            if isinstance(row, Rejected):
-                yield row
-                continue
-            try:
-                yield self._sample(row, item, item.payload.folders, out_dir, store)
-            except RowError as error:
-                yield Rejected(error.reason, f"{row.where}: {error.detail}")
+        yield from convert_rows(
+            read_rows(payload.lines),
+            lambda row: self._sample(row, item, payload.folders, out_dir, store),
+        )
 
     def _sample(
         self, row: Row, item: Item, folders: tuple[str, ...], out_dir: Path, store: ImageStore

@@ -13,19 +13,14 @@ Out, for a converter:
 
     for row in read_rows(item.payload, ("image", "question")):         # in another process
         row                           # {"image": {"bytes": b"…", "path": None}, "question": "…"}
-        image = image_bytes(row["image"])
-        name = write_row_image(out_dir, "pages", image, item.key)      # pages/5f3a….png
+        image = image_bytes(row["image"])                              # encoded, as it is
 
 A row group is streamed: in memory are a few rows and one page of each column (compressed, and as it
 is). How large a page is lies with the file's writer. Arrow and `datasets` put all distinct pictures
 of a row group into one dictionary page: with the usual 100 rows a group, of 1 MB each, the process
 grew by 230 MB; 600 such rows in one group took 1.2 GB.
-
-Rows repeat their picture, once a question. `write_row_image` names a picture by its content, so
-that it is kept once whatever rows, groups and processes it comes from.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,27 +30,12 @@ from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
-
-from phi3v_data.atomic import TEMPORARY_MARK
-from phi3v_data.images import probe_image
 
 ROWS_AT_ONCE = 8
 """Rows in memory: pages of 1 MB, and a few pictures a row, stay in the tens of megabytes."""
 
 BUFFER_BYTES = 1 << 20
 """Read ahead per column: without a buffer Arrow reads a whole column chunk at once."""
-
-_EXTENSIONS = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-    "GIF": ".gif",
-    "BMP": ".bmp",
-    "TIFF": ".tif",
-    "PPM": ".ppm",
-}
 
 
 class ParquetError(ValueError):
@@ -227,51 +207,6 @@ def image_bytes(value: object) -> bytes:
     if not isinstance(content, bytes):
         raise ValueError("the row holds no image bytes")
     return content
-
-
-def write_row_image(out_dir: Path, folder: str, content: bytes, writer: str) -> str:
-    """Write a picture to `out_dir/images/folder`, named by its content, and return its name.
-
-    Args:
-        out_dir: the converter's output folder.
-        folder: where under `images/`.
-        content: the encoded bytes.
-        writer: the key of the item that writes it.
-
-    Raises:
-        ImageError: `content` is no image, by its header.
-    """
-    extension = _EXTENSIONS[probe_image(content).format]
-    name = f"{folder}/{xxhash.xxh3_128_hexdigest(content)}{extension}"
-    write_image_once(out_dir, name, content, writer)
-    return name
-
-
-def write_image_once(out_dir: Path, name: str, content: bytes, writer: str) -> None:
-    """Write `content` to `out_dir/images/name` unless it is there, whole or not at all.
-
-    For pictures that several items share: `write_image` has one temporary name a picture, which two
-    processes would fight for. Here each item has its own, and removes what it left when killed.
-
-    Raises:
-        ValueError: `name` is absolute or leaves the image folder.
-    """
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise ValueError(f"expected an image path inside images/, got {name!r}")
-    target = out_dir / "images" / relative
-    digest = hashlib.blake2b(
-        os.fsencode(target.name) + b"\0" + os.fsencode(writer), digest_size=8
-    ).hexdigest()
-    temporary = target.with_name(f".{digest}{TEMPORARY_MARK}")
-    # A name stands for one content, and a file appears whole: its size only tells what a power cut
-    # emptied.
-    if target.is_file() and target.stat().st_size == len(content):
-        temporary.unlink(missing_ok=True)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(content)
-    os.replace(temporary, target)
 
 
 def _open(path: Path, name: str) -> pq.ParquetFile:

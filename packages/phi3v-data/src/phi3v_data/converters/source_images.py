@@ -5,9 +5,12 @@
 
 Every picture is decoded whole on the way: one that died on its way to the disk is a named rejection
 here, not a crash in training. A name that promises another format stays as it is: many files
-called `.png` are JPEGs, and readers go by content.
+called `.png` are JPEGs, and readers go by content. A picture that rows repeat, once a question, is
+kept once, whatever rows, groups and processes it comes from; one that is no file is named by its
+content.
 """
 
+import hashlib
 import io
 import os
 import stat
@@ -16,11 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from phi3v_data.converters.jsonl_rows import RowError
-from phi3v_data.converters.parquet_rows import write_image_once, write_row_image
-from phi3v_data.images import ImageError, decode_image
+import xxhash
+
+from phi3v_data.atomic import TEMPORARY_MARK
+from phi3v_data.converters.rows import RowError
+from phi3v_data.images import ImageError, decode_image, probe_image
 
 Policy = Literal["copy", "link", "reencode"]
+
+_EXTENSIONS = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,51 @@ def find_image(candidates: Sequence[Path], name: str) -> Path:
         except (OSError, ValueError):
             continue  # the next one: what is wrong with a path does not matter
     raise RowError("missing_image", f"{name[:120]} is not there")
+
+
+def write_row_image(out_dir: Path, folder: str, content: bytes, writer: str) -> str:
+    """Write a picture to `out_dir/images/folder`, named by its content, and return its name.
+
+    Args:
+        out_dir: the converter's output folder.
+        folder: where under `images/`.
+        content: the encoded bytes.
+        writer: the key of the item that writes it.
+
+    Raises:
+        ImageError: `content` is no image, by its header.
+    """
+    extension = _EXTENSIONS[probe_image(content).format]
+    name = f"{folder}/{xxhash.xxh3_128_hexdigest(content)}{extension}"
+    write_image_once(out_dir, name, content, writer)
+    return name
+
+
+def write_image_once(out_dir: Path, name: str, content: bytes, writer: str) -> None:
+    """Write `content` to `out_dir/images/name` unless it is there, whole or not at all.
+
+    For pictures that several items share: `write_image` has one temporary name a picture, which two
+    processes would fight for. Here each item has its own, and removes what it left when killed.
+
+    Raises:
+        ValueError: `name` is absolute or leaves the image folder.
+    """
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise ValueError(f"expected an image path inside images/, got {name!r}")
+    target = out_dir / "images" / relative
+    digest = hashlib.blake2b(
+        os.fsencode(target.name) + b"\0" + os.fsencode(writer), digest_size=8
+    ).hexdigest()
+    temporary = target.with_name(f".{digest}{TEMPORARY_MARK}")
+    # A name stands for one content, and a file appears whole: its size only tells what a power cut
+    # emptied.
+    if target.is_file() and target.stat().st_size == len(content):
+        temporary.unlink(missing_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_bytes(content)
+    os.replace(temporary, target)
 
 
 def _link_once(path: Path, target: Path) -> None:

@@ -1,0 +1,144 @@
+"""What the converters of annotated pictures share: a row, what can be wrong with one, and its text.
+
+    for found in read_rows(group):                # of jsonl_rows, json_records …
+        found      # Row(where="train.jsonl:17", fields={"id": 42953, …})
+        found      # or Rejected("bad_json", "train.jsonl:18: …")
+
+    yield from convert_rows(read_rows(group), make_sample)
+
+A row that gives no sample costs no other: whatever reads or converts one raises `RowError`, and
+`convert_rows` turns that into a `Rejected` with the row's place.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+from phi3v_data.converters import Rejected
+from phi3v_data.schema import Sample
+
+MIN_GROUP_BYTES = 1 << 14
+MAX_GROUPS = 2048
+"""Small groups of rows keep all processes busy and little to redo; their number stays bounded."""
+
+
+class Placed(Protocol):
+    """Something read from a file."""
+
+    @property
+    def where(self) -> str:
+        """File name and place, to start messages with."""
+        ...
+
+
+P = TypeVar("P", bound=Placed)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One object of the file."""
+
+    where: str
+    """File name and line, to start messages with."""
+
+    fields: dict[str, Any]
+    """Its text is valid Unicode, and no key occurred twice."""
+
+
+class RowError(ValueError):
+    """A row gives no sample; becomes a `Rejected` with the row's place."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def group_bytes(path: Path) -> int:
+    """About how many bytes of a file make one group of rows."""
+    return max(MIN_GROUP_BYTES, path.stat().st_size // MAX_GROUPS)
+
+
+def convert_rows(
+    found: Iterable[P | Rejected], make: Callable[[P], Sample]
+) -> Iterator[Sample | Rejected]:
+    """Yield the sample that `make` makes of each row, or why there is none."""
+    for row in found:
+        if isinstance(row, Rejected):
+            yield row
+            continue
+        try:
+            yield make(row)
+        except RowError as error:
+            yield Rejected(error.reason, f"{row.where}: {error.detail}")
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """One line as an object.
+
+    Raises:
+        RowError: it is none (`bad_utf8`, `bad_json`, `not_object`, `duplicate_key`), or holds text
+            that no UTF-8 file can (`bad_unicode`).
+    """
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        detail = f"byte 0x{line[error.start]:02x} at {error.start} is not UTF-8"
+        raise RowError("bad_utf8", detail) from None
+    try:
+        value: object = json.loads(text, object_pairs_hook=_object)
+    except RowError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RowError("bad_json", f"not a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise RowError("not_object", f"expected an object, got {type(value).__name__}")
+    if "\\u" in text:  # only an escape can give half a surrogate pair
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            detail = "an escape gives half of a surrogate pair, which is no character"
+            raise RowError("bad_unicode", detail) from None
+    return cast("dict[str, Any]", value)
+
+
+def text_field(row: Row, key: str) -> str:
+    """The text under `key`.
+
+    Raises:
+        RowError: it is missing, blank, or no text (`bad_row`), or holds a special token of the
+            model, which would end a turn or open another (`special_token`).
+    """
+    from phi3v_data.rules import IMAGE_MARK, SPECIAL_TOKEN
+
+    value = row.fields.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError("bad_row", f"expected text under {key!r}, got {value!r:.80}")
+    token = SPECIAL_TOKEN.search(value) or IMAGE_MARK.search(value)
+    if token:
+        raise RowError("special_token", f"{key!r} holds {token[0]!r}, a special token of the model")
+    return value
+
+
+def canonical_id(value: object) -> str | None:
+    """An id as text, numbers without leading zeros, so that `7`, `"7"` and `"00007"` are one.
+
+    None for what is no id: an empty text, a fraction, a truth value, or a number below zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    text = str(value)
+    if text.isascii() and text.isdigit():
+        return text.lstrip("0") or "0"
+    return text if isinstance(value, str) and text else None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RowError("duplicate_key", f"the key {twice!r:.80} occurs twice")
+    return found
