@@ -15,6 +15,8 @@ from phi3v_data.jsonl import read_samples
 from phi3v_data.schema import Sample
 from PIL import Image
 
+from tests.data.annotations import contents, rejections
+
 PAGES = Path(__file__).resolve().parents[3] / "shared" / "testdata" / "docvqa"
 
 needs_pages = pytest.mark.skipif(
@@ -67,26 +69,12 @@ def samples(result: phi3v_data.ConversionResult, split: str) -> list[Sample]:
     return list(read_samples(result.files[split], allow_missing_answer=True))
 
 
-def rejections(result: phi3v_data.ConversionResult) -> list[tuple[str, str]]:
-    assert result.rejected_file is not None
-    lines = [json.loads(line) for line in result.rejected_file.read_text().splitlines()]
-    return [(line["reason"], line["detail"]) for line in lines]
-
-
 def assert_valid(result: phi3v_data.ConversionResult) -> None:
     """Only test may lack answers."""
     for split, path in result.files.items():
         report = phi3v_data.validate([path], allow_missing_answer=split == "test")
         assert report.counts == {}
         assert report.num_valid == report.num_lines == result.counts[split] > 0
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 # --- the challenge's JSON
@@ -241,7 +229,7 @@ def test_a_bad_row_is_named_and_costs_no_other(tmp_path: Path) -> None:
     assert wheres == [f"train_v1.0.json row {k}" for k in range(1, len(bad) + 1)]
     assert "(questionId 13)" in dict(found)["missing_image"]
     assert_valid(result)
-    assert set(files_of(tmp_path / "out/images")) == {"documents/a_1.png"}
+    assert set(contents(tmp_path / "out/images")) == {"documents/a_1.png"}
 
 
 def test_an_answer_that_is_no_text_is_left_out_and_named(tmp_path: Path) -> None:
@@ -296,8 +284,8 @@ def test_the_same_bytes_come_out_for_any_number_of_workers_and_a_page_is_kept_on
     result = convert(tmp_path / "src", tmp_path / "one")
     convert(tmp_path / "src", tmp_path / "two", num_workers=2)
     assert [sample.id for sample in samples(result, "train")] == [f"train-{k}" for k in range(400)]
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
-    assert set(files_of(tmp_path / "one/images")) == {"documents/a_1.png", "documents/b_1.png"}
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert set(contents(tmp_path / "one/images")) == {"documents/a_1.png", "documents/b_1.png"}
 
 
 def test_ids_repeated_in_another_group_of_rows_are_rejected(tmp_path: Path) -> None:
@@ -421,9 +409,9 @@ def test_hub_rows_become_the_samples_of_the_json(tmp_path: Path) -> None:
     assert (tmp_path / "out/images" / turn.images[0]).read_bytes() == png(1)
     # A page is kept once, in whatever row group and file its questions are.
     assert len({name for sample in found for name in sample.images}) == 3
-    assert len(files_of(tmp_path / "out/images")) == 4
+    assert len(contents(tmp_path / "out/images")) == 4
     convert(root, tmp_path / "again")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
 def test_hub_rows_with_queries_in_several_languages_ask_in_english(tmp_path: Path) -> None:

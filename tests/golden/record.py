@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from phi3v_train.collator import Batch, EncodedSample, collate
 from phi3v_train.configuration_phi3_v import Phi3VConfig
-from phi3v_train.hd_transform import cut_crops, hd_image
+from phi3v_train.hd_transform import hd_crops, hd_image, hd_layout
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
 from PIL import Image
 
@@ -70,9 +70,9 @@ def golden_picture() -> Image.Image:
 
 def golden_batch() -> Batch:
     """A sample with a picture of four crops and one without, in a row."""
-    canvas = hd_image(golden_picture(), 4)
-    crops = cut_crops(canvas)
-    grid = np.array([(canvas.shape[0] // 336, canvas.shape[1] // 336)], dtype=np.int32)
+    picture = golden_picture()
+    crops = hd_crops(picture, 4)
+    grid = np.array([hd_layout(*picture.size, 4).grid], dtype=np.int32)
     slots = (len(crops) + 1) * 144 + 1 + (int(grid[0, 0]) + 1) * 12
     text = [6 + 7 * k % 90 for k in range(24)]
     with_picture = np.array(text[:4] + [5] * slots + text[4:])

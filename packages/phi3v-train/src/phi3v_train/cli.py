@@ -162,14 +162,23 @@ def _show_dry_run(config_path: str | None, overrides: tuple[str, ...], nproc: in
     describe(config, world_size=world_size)
 
 
-@main.command("eval")
-@click.option(
+_model_option = click.option(
     "--model", required=True, type=click.Path(path_type=Path), help="Hugging Face model folder."
 )
+_adapter_option = click.option(
+    "--adapter", type=click.Path(path_type=Path), help="LoRA adapter folder to put on."
+)
+_device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+
+
+@main.command("eval")
+@_model_option
 @click.option(
     "--data", required=True, type=click.Path(path_type=Path), help="Shard directory with answers."
 )
-@click.option("--adapter", type=click.Path(path_type=Path), help="LoRA adapter folder to put on.")
+@_adapter_option
 @click.option(
     "--out_dir", type=click.Path(path_type=Path), help="Where predictions.jsonl and eval.json go."
 )
@@ -188,9 +197,7 @@ def _show_dry_run(config_path: str | None, overrides: tuple[str, ...], nproc: in
     help="Longest answer, in tokens.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first LIMIT samples.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
+@_device_option
 @_one_line_errors
 def eval_command(
     model: Path,
@@ -235,14 +242,12 @@ def eval_command(
 
 
 @main.command("generate")
-@click.option(
-    "--model", required=True, type=click.Path(path_type=Path), help="Hugging Face model folder."
-)
+@_model_option
 @click.option(
     "--image", "images", multiple=True, metavar="PATH", help="A picture; may be given many times."
 )
 @click.option("--prompt", required=True, help="The question.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="LoRA adapter folder to put on.")
+@_adapter_option
 @click.option(
     "--num_crops",
     type=click.IntRange(1),
@@ -270,9 +275,7 @@ def eval_command(
     help="Sample among the likeliest tokens of this total probability.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the sampling.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
+@_device_option
 @_one_line_errors
 def generate_command(
     model: Path,

@@ -208,18 +208,11 @@ def evaluate_model(
     Raises:
         ValueError: a folder that is not what it should be.
     """
-    from phi3v_train.engine import join_world
-    from phi3v_train.methods import choose_precision, load_adapter, load_model, move
+    from phi3v_train.methods import load_for_inference
 
     reader = open_shards(data)
     encoder = SampleEncoder(ChatEncoder(model), num_crops)
-    world = join_world(device)
-    precision = choose_precision("auto", world.device)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    loaded = load_model(model, dtypes[precision])
-    if adapter is not None:
-        loaded = load_adapter(loaded, adapter)
-    move(loaded, world.device)
+    loaded = load_for_inference(model, adapter=adapter, device=device)
     count = len(reader) if limit is None else min(limit, len(reader))
     predictions = evaluate(
         loaded,

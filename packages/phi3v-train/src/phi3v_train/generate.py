@@ -1,7 +1,7 @@
 """One question about some pictures to an answer, piece by piece as it comes.
 
     model, processor = load(folder)
-    answer = generate(model, processor, "What changed?", ["a.jpg", "b.jpg"], on_text=print)
+    answer = generate(model, processor, "What changed?", ["a.jpg", "b.jpg"])
     print(answer.speed)      # 41 tokens in 1.9 s, 21.3 tokens/s (prompt 1,530 tokens, ...)
 
 For a data set there is `evaluate`.
@@ -17,8 +17,7 @@ import torch
 from transformers import TextStreamer
 
 from phi3v_train.chat import IMAGE_TAG
-from phi3v_train.engine import join_world
-from phi3v_train.methods import choose_precision, load_adapter, load_model, move
+from phi3v_train.methods import load_for_inference
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
 from phi3v_train.picture import Picture
 from phi3v_train.processing_phi3_v import Phi3VProcessor
@@ -75,18 +74,11 @@ def load(
     Raises:
         ValueError: a folder that is not what it should be.
     """
-    world = join_world(device)
-    precision = choose_precision("auto", world.device)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    model = load_model(folder, dtypes[precision])
+    model = load_for_inference(folder, adapter=adapter, device=device)
     try:
         processor = Phi3VProcessor.from_pretrained(folder, num_crops=num_crops)
     except OSError as error:
         raise ValueError(f"{folder} lacks a processor's files: {error}") from error
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-    move(model, world.device)
-    model.eval()
     return model, processor
 
 

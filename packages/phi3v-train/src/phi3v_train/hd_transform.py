@@ -103,8 +103,8 @@ def hd_layout(width: int, height: int, num_crops: int) -> HDLayout:
 def hd_crops(image: Image.Image, num_crops: int, resize: Resize = "exact") -> NDArray[np.uint8]:
     """Resize, pad and cut an RGB image: what a worker does with every picture.
 
-    Equal to `cut_crops(hd_image(image, num_crops))` where `resize` is exact, but each pixel goes
-    from the resized picture straight to its place in a crop: there is no canvas in between.
+    Each pixel goes from the resized picture straight to its place in a crop: there is no canvas in
+    between. Where `resize` is exact, the pixels are the published processor's, bit for bit.
 
     Returns:
         uint8 (rows * columns, 3, 336, 336), row by row; `hd_layout` knows the grid.
@@ -121,7 +121,7 @@ def hd_crops(image: Image.Image, num_crops: int, resize: Resize = "exact") -> ND
 
 
 def hd_image(image: Image.Image, num_crops: int) -> NDArray[np.uint8]:
-    """Resize and pad an RGB image to its canvas.
+    """The resized and padded picture whose tiles are `hd_crops`: what the model sees, to look at.
 
     Returns:
         uint8 (height, width, 3), both multiples of 336; equal to the published processor's, bit
@@ -131,18 +131,8 @@ def hd_image(image: Image.Image, num_crops: int) -> NDArray[np.uint8]:
         ValueError: see `hd_layout`; or the image is not RGB.
     """
     layout = _layout_of(image, num_crops)
-    height, width = layout.resized_hw
-    canvas = np.full((*layout.canvas_hw, 3), 255, dtype=np.uint8)
-    top, left = layout.top_left
-    canvas[top : top + height, left : left + width] = np.asarray(_resized(image, layout.resized_hw))
-    return canvas
-
-
-def cut_crops(canvas: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Cut a canvas (H, W, 3) into its crops, row by row: uint8 (rows * columns, 3, 336, 336)."""
-    rows, columns = canvas.shape[0] // CROP, canvas.shape[1] // CROP
-    tiles = canvas.reshape(rows, CROP, columns, CROP, 3).transpose(0, 2, 4, 1, 3)
-    return np.ascontiguousarray(tiles).reshape(rows * columns, 3, CROP, CROP)
+    tiles = hd_crops(image, num_crops).reshape(*layout.grid, 3, CROP, CROP)
+    return tiles.transpose(0, 3, 1, 4, 2).reshape(*layout.canvas_hw, 3)
 
 
 def _layout_of(image: Image.Image, num_crops: int) -> HDLayout:

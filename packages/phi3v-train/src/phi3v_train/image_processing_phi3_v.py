@@ -25,8 +25,8 @@ from phi3v_train.hd_transform import (
     CROP,
     IMAGE_MEAN,
     IMAGE_STD,
-    cut_crops,
-    hd_image,
+    hd_crops,
+    hd_layout,
     num_image_tokens,
 )
 from phi3v_train.modeling_phi3_v import normalize_views
@@ -121,11 +121,11 @@ class Phi3VImageProcessor(BaseImageProcessor):
         """
         limit = self.num_crops if num_crops is None else num_crops
         pictures = images if isinstance(images, list | tuple) else (images,)
-        canvases = [hd_image(read_picture(picture), limit) for picture in pictures]
-        grids = [(canvas.shape[0] // CROP, canvas.shape[1] // CROP) for canvas in canvases]
-        pixels = torch.zeros(len(canvases), limit + 1, 3, CROP, CROP)
-        for image, (canvas, grid) in enumerate(zip(canvases, grids, strict=True)):
-            views, local = normalize_views(torch.from_numpy(cut_crops(canvas)), [grid])
+        read = [read_picture(picture) for picture in pictures]
+        grids = [hd_layout(*picture.size, limit).grid for picture in read]
+        pixels = torch.zeros(len(read), limit + 1, 3, CROP, CROP)
+        for image, (picture, grid) in enumerate(zip(read, grids, strict=True)):
+            views, local = normalize_views(torch.from_numpy(hd_crops(picture, limit)), [grid])
             pixels[image, 0] = views[0]
             pixels[image, 1 : 1 + len(local)] = local
         data = {

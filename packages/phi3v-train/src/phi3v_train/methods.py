@@ -23,6 +23,8 @@ from phi3v_train.quiet import quiet
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 _VISION = "model.vision_embed_tokens.img_processor."
 _PROJECTOR = "model.vision_embed_tokens."
 
@@ -111,6 +113,30 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Phi3VF
         raise ValueError(f"{folder}: {error}") from error
 
 
+def load_for_inference(
+    folder: str | Path, *, adapter: str | Path | None = None, device: str = "auto"
+) -> Phi3VForCausalLM:
+    """Load a model folder to answer with: on its device, in the precision that suits that.
+
+    Args:
+        folder: Hugging Face model folder.
+        adapter: PEFT folder to put on the model.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ValueError: a folder that is not what it should be.
+    """
+    from phi3v_train.engine import join_world
+
+    world = join_world(device)
+    dtype = _DTYPES[choose_precision("auto", world.device)]
+    model = load_model(folder, dtype)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    move(model, world.device)
+    return model.eval()
+
+
 def prepare(
     model: Phi3VForCausalLM, method: MethodConfig, precision: Precision, *, seed: int = 0
 ) -> TrainingModel:
@@ -138,7 +164,7 @@ def prepare(
     model.model.gradient_checkpointing = method.gradient_checkpointing
     vision.gradient_checkpointing = method.gradient_checkpointing
 
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = None if precision == "fp32" else _DTYPES[precision]
     adapters = None
     if method.name == "lora":
         if dtype is not None:

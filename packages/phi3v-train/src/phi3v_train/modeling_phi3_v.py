@@ -545,6 +545,7 @@ class Phi3VModel(nn.Module):
 
     def packed(self, batch: Batch) -> Tensor:
         """Hidden states of a packed row: (T, hidden_size)."""
+        implementation = self.config._attn_implementation or "sdpa"
         is_image = batch.input_ids == self.config.image_token_id
         if len(batch.crop_grid):
             images = ImageInputs.from_crops(batch.pixel_values, batch.crop_grid)
@@ -555,14 +556,14 @@ class Phi3VModel(nn.Module):
                 # A text-only row must give every vision tensor a gradient too (zero), or ranks
                 # with and without images would reduce different sets of tensors.
                 blank = batch.pixel_values.new_zeros(1, 3, CROP, CROP)
-                idle = self.vision_embed_tokens(*normalize_views(blank, [(1, 1)]), [(1, 1)])
+                idle = self.vision_embed_tokens(
+                    *normalize_views(blank, [(1, 1)]), [(1, 1)], implementation
+                )
                 hidden = hidden + 0 * idle.sum().to(hidden.dtype)
         lengths = batch.cu_seqlens.diff()
         is_long = (lengths > self.config.original_max_position_embeddings).repeat_interleave(
             lengths, output_size=len(batch.input_ids)
         )
-
-        implementation = self.config._attn_implementation or "sdpa"
 
         def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attention.varlen(
