@@ -427,7 +427,7 @@ def test_query_key_and_value_are_the_same_half_type_when_they_reach_attention(
         with SdpaCalls() as packed:
             loss = model.packed_loss(packed_row(*HALF_ROW))
         with torch.no_grad(), SdpaCalls() as padded:
-            model(**call_inputs(HALF_ROW[0]))
+            model(**call_inputs(*HALF_ROW))
     assert len(packed.inputs) == 2 * 2 + 2
     assert dtypes_at_attention(packed) == {dtype}
     assert dtypes_at_attention(padded) == {dtype}

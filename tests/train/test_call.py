@@ -198,3 +198,30 @@ def test_transformers_trainer_accumulates_to_the_loss_of_the_whole_batch(tmp_pat
     assert head.grad is not None
     stepped = head.detach() - 0.1 * head.grad
     torch.testing.assert_close(model.lm_head.weight.detach(), stepped, atol=1e-6, rtol=0)
+
+
+def test_a_prompt_without_padding_needs_no_mask_and_gives_the_same_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from phi3v_train import modeling_phi3_v
+
+    model = small_model()
+    ids = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([torch.zeros(2, 1, dtype=torch.int64), ids], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, 0] = 0
+    positions = torch.arange(-1, 12).clamp(min=0).expand(2, -1)
+    with torch.no_grad():
+        expected = model(input_ids=padded, attention_mask=mask, position_ids=positions).logits
+        made: list[int] = []
+        real = modeling_phi3_v.causal_mask
+        monkeypatch.setattr(
+            modeling_phi3_v, "causal_mask", lambda *a: made.append(a[0]) or real(*a)
+        )
+        first = model(input_ids=ids[:, :8], attention_mask=torch.ones(2, 8), use_cache=True)
+        step = model(input_ids=ids[:, 8:9], past_key_values=first.past_key_values)
+        assert made == []
+        rest = model(input_ids=ids[:, 9:], past_key_values=step.past_key_values)
+    assert made == [3]  # several new tokens behind a cache do need one
+    logits = torch.cat([first.logits, step.logits, rest.logits], dim=1)
+    torch.testing.assert_close(logits, expected[:, 1:], atol=1e-5, rtol=0)

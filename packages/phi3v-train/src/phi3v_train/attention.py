@@ -106,6 +106,7 @@ def dense(
     value: Tensor,
     mask: Tensor | None,
     *,
+    is_causal: bool = False,
     implementation: str = "sdpa",
 ) -> Tensor:
     """Attention over a padded batch, over new tokens against a cache, or over patches.
@@ -117,25 +118,31 @@ def dense(
         key: (B, key heads, Tk, head_dim).
         value: like `key`.
         mask: bool, broadcastable to (B, heads, Tq, Tk), True where a key may be seen; None: all.
+        is_causal: without a mask and with Tq = Tk, each sees itself and what is before: no memory
+            is spent on a mask, and the flash kernels take it.
         implementation: one of `IMPLEMENTATIONS`.
 
     Returns:
         (B, heads, Tq, head_dim).
     """
+    assert mask is None or not is_causal
     key, value = _expand_heads(query, key, dim=-3), _expand_heads(query, value, dim=-3)
     if implementation == "eager":
-        return _eager(query, key, value, mask)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return _eager(query, key, value, _lower_triangle(query) if is_causal else mask)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, implementation: str) -> Tensor:
     """One segment: (n, heads, head_dim) three times -> (n, heads, head_dim)."""
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     if implementation == "eager":
-        length = query.shape[-2]
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        return _eager(query, key, value, mask).transpose(0, 1)
+        return _eager(query, key, value, _lower_triangle(query)).transpose(0, 1)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(0, 1)
+
+
+def _lower_triangle(query: Tensor) -> Tensor:
+    length = query.shape[-2]
+    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

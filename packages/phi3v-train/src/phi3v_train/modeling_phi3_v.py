@@ -744,7 +744,13 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(num_past, num_past + num_new, device=device)[None]
         position_ids = position_ids.expand(num_rows, -1)
-        mask = causal_mask(num_new, num_past, attention_mask, device)
+        # Without padding a prompt is plainly causal, and one new token sees everything: neither
+        # needs a mask, which grows with the square of the length.
+        is_padded = attention_mask is not None and not bool((attention_mask != 0).all())
+        is_causal = not is_padded and num_past == 0
+        mask = None
+        if is_padded or (num_past > 0 and num_new > 1):
+            mask = causal_mask(num_new, num_past, attention_mask, device)
 
         lengths = sample_lengths(position_ids, attention_mask)
         limit = self.config.original_max_position_embeddings
@@ -758,8 +764,11 @@ class Phi3VForCausalLM(Phi3VPreTrainedModel, GenerationMixin):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             if cache is not None:
                 key, value = cache.update(key, value, layer)
-            seen = mask.to(query.device)  # a layer may be on another device than the first
-            attended = attention.dense(query, key, value, seen, implementation=implementation)
+            # A layer may be on another device than the first.
+            seen = None if mask is None else mask.to(query.device)
+            attended = attention.dense(
+                query, key, value, seen, is_causal=is_causal, implementation=implementation
+            )
             return attended.transpose(1, 2)
 
         hidden = self.model.decode(hidden, position_ids, is_long, attend, states)
