@@ -72,7 +72,9 @@ def run(*arguments: object) -> None:
     """Print a command as one would type it, and run it."""
     command = [str(argument) for argument in arguments]
     print(f"\n$ {shlex.join(command)}", flush=True)
-    status = subprocess.run(command).returncode
+    beside_python = Path(sys.executable).with_name(command[0])  # an environment not activated
+    program = [str(beside_python)] if beside_python.exists() else command[:1]
+    status = subprocess.run([*program, *command[1:]]).returncode
     if status:  # the command has said why
         sys.exit(status)
 

@@ -1,9 +1,6 @@
 import base64
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from PIL import Image
 
 from tests.data.annotations import rejections, write_image
 from tests.data.clips import decode_all, truncate, write_clip
+from tests.data.peak_memory import run_measured
 
 PICTURES = ("a.png", "b.png", "c.png")
 
@@ -626,12 +624,8 @@ def test_a_large_file_is_read_in_little_memory(tmp_path: Path, form: str) -> Non
         file.write("]" if form == "array" else "")
     assert (tmp_path / "train.json").stat().st_size > 150e6
     code = f"""
-        import resource
         from pathlib import Path
         from phi3v_data.converters.chat_jsonl import ChatJsonl
-
-        def peak_mb():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
         converter = ChatJsonl()
         before = peak_mb()
@@ -639,11 +633,7 @@ def test_a_large_file_is_read_in_little_memory(tmp_path: Path, form: str) -> Non
         count = sum(1 for item in items[::100] for _ in converter.convert(item, Path("out")))
         print(len(items), count, peak_mb() - before)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    num_items, count, grown_mb = done.stdout.split()
+    num_items, count, grown_mb = run_measured(code).split()
     assert int(num_items) > 1000
     assert int(count) > 50
     assert float(grown_mb) < 100

@@ -1,7 +1,5 @@
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from phi3v_data.schema import Sample
 from PIL import Image
 
 from tests.data.annotations import contents, rejections
+from tests.data.peak_memory import run_measured
 
 PAGES = Path(__file__).resolve().parents[3] / "shared" / "testdata" / "docvqa"
 
@@ -312,12 +311,12 @@ def test_pages_are_linked_or_encoded_anew_on_request(tmp_path: Path, images: Any
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from phi3v_data.converters.docvqa import DocVqa
 items = list(DocVqa().discover(Path(sys.argv[1])))
 rows = sum(1 for item in items[-3:] for _ in DocVqa().convert(item, Path(sys.argv[2])))
-print(len(items), rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(len(items), rows, int(peak_mb()))
 """
 
 
@@ -330,9 +329,8 @@ def measure(folder: Path, num_bytes: int) -> tuple[int, int, int]:
         for k in range(num_bytes // len(line)):
             file.write("," * (k > 0) + line.replace(str(10**8), str(10**8 + k)))
         file.write("]}")
-    command = [sys.executable, "-c", MEASURE, folder, folder / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    num_items, num_rows, peak = map(int, done.stdout.split())
+    output = run_measured(MEASURE, folder, folder / "out")
+    num_items, num_rows, peak = map(int, output.split())
     return num_items, num_rows, peak
 
 

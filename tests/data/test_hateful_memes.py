@@ -1,7 +1,4 @@
 import json
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from phi3v_data.jsonl import read_samples
 from phi3v_data.schema import Sample
 
 from tests.data.annotations import assert_valid, contents, rejections, write_image, write_lines
+from tests.data.peak_memory import run_measured
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "testdata" / "hateful_memes"
 needs_real_lines = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real annotation lines")
@@ -326,18 +324,15 @@ def test_a_file_of_1_gb_is_listed_in_less_than_300_mb(tmp_path: Path) -> None:
             file.write(json.dumps(meme(number) | {"text": "word " * 80}).encode() + b"\n")
             number += 1
     script = """
-        import resource, sys
+        import sys
         from pathlib import Path
         from phi3v_data.converters.hateful_memes import HatefulMemes
         converter, source = HatefulMemes(), Path(sys.argv[1])
         items = list(converter.discover(source))
         num_rejected = sum(1 for _ in converter.convert(items[1], source / "out"))
-        peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(len(items), num_rejected, peak_kb // 1024)
+        print(len(items), num_rejected, int(peak_mb()))
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    num_items, num_rejected, peak_mb = map(int, output.split())
+    num_items, num_rejected, peak_mb = map(int, run_measured(script, tmp_path).split())
     assert 1000 < num_items < 2100
     assert num_rejected > 500
     assert peak_mb < 300
