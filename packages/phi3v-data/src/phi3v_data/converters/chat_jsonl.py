@@ -118,17 +118,20 @@ class ChatJsonl(FrameOptions):
     """Files of conversations as other trainers read them."""
 
     dataset: str = "jsonl"
-    """Its name: output files and samples are named after it."""
+    """The data set's name: output files start with it, and samples have it as `source`. Letters,
+    digits and `_.-`."""
 
     image_root: str | None = None
-    """The folder that paths of pictures and videos lead from."""
+    """The folder that paths of pictures and videos lead from; if not given, the annotation file's
+    folder or `images/` in it."""
 
     images: Policy = "copy"
-    """`copy` pictures, `link` them (hard links), or `reencode` them as JPEG of `quality`."""
+    """How pictures reach the output: `copy` the files, `link` them (hard links, which take no
+    space), or `reencode` them as JPEG."""
 
     system: System = "prepend"
-    """System messages: `prepend` them to the first turn's text, `drop` them, or `reject` records
-    that have one."""
+    """What becomes of a system message: `prepend` it to the first question, `drop` it, or `reject`
+    the record."""
 
     def __post_init__(self) -> None:
         check_frame_options(self)

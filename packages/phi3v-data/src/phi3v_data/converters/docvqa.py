@@ -139,13 +139,15 @@ class DocVqa:
     """The challenge's JSON, the hub's Parquet exports, or the Cauldron's."""
 
     prompt: str = PROMPT
-    """What is asked; `{question}` is where the question goes. The Cauldron's rows hold theirs."""
+    """The text of a turn; `{question}` is where the question goes. Rows in the Cauldron's form have
+    their own."""
 
     images: Policy = "copy"
-    """`copy` pages, `link` them (hard links), or `reencode` them as JPEG."""
+    """How pages reach the output: `copy` the files, `link` them (hard links, which take no
+    space), or `reencode` them as JPEG."""
 
     quality: int = 90
-    """JPEG quality of `reencode`, 1 to 100."""
+    """JPEG quality of pages that are encoded anew, 1 to 100."""
 
     def __post_init__(self) -> None:
         from phi3v_data.rules import SPECIAL_TOKEN

@@ -73,16 +73,17 @@ class HatefulMemes:
     """The official JSON lines, or the Cauldron's Parquet."""
 
     include_text: bool = False
-    """Put the meme's text, where the row has it, before the question."""
+    """Put the meme's text before the question, where the annotations have it."""
 
     prompt: str = PROMPT
-    """The question asked of every meme; Parquet rows hold their own."""
+    """The question asked of every meme. Rows of Parquet files have their own."""
 
     images: Policy = "copy"
-    """`copy` pictures, `link` them (hard links), or `reencode` them as JPEG."""
+    """How pictures reach the output: `copy` the files, `link` them (hard links, which take no
+    space), or `reencode` them as JPEG."""
 
     quality: int = 90
-    """JPEG quality of `reencode`, 1 to 100."""
+    """JPEG quality of pictures that are encoded anew, 1 to 100."""
 
     def __post_init__(self) -> None:
         ImageStore(self.images, self.quality)

@@ -73,16 +73,18 @@ class Nlvr2:
     """The official JSON lines, or the Cauldron's Parquet."""
 
     prompt: str = PROMPT
-    """What is asked; `{sentence}` is where the statement goes. Parquet rows hold their own."""
+    """The question asked of every pair; `{sentence}` is where the statement goes. Rows of Parquet
+    files have their own."""
 
     strict: bool = False
-    """Refuse the whole data set where a picture is missing, before anything is converted."""
+    """Stop before anything is converted if a picture is missing, instead of rejecting its pair."""
 
     images: Policy = "copy"
-    """`copy` pictures, `link` them (hard links), or `reencode` them as JPEG."""
+    """How pictures reach the output: `copy` the files, `link` them (hard links, which take no
+    space), or `reencode` them as JPEG."""
 
     quality: int = 90
-    """JPEG quality of `reencode`, 1 to 100."""
+    """JPEG quality of pictures that are encoded anew, 1 to 100."""
 
     def __post_init__(self) -> None:
         ImageStore(self.images, self.quality)

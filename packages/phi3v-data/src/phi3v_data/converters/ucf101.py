@@ -77,18 +77,20 @@ class Ucf101(FrameOptions):
     """The 10-class subset, or any tree of that shape, or the whole archive with its lists."""
 
     fold: int | None = None
-    """Which pair of lists, 1, 2 or 3; None: the first. Only for the whole archive."""
+    """Which of the three official pairs of lists to go by: 1, 2 or 3; the first if not given. Only
+    for the whole archive."""
 
     val_fraction: float = 0.0
-    """Part of the groups of each class's training clips that becomes validation, 0 to below 1,
-    drawn by `seed`: at least one group, and one stays. Only for the whole archive."""
+    """Part of the training clips that becomes validation, from 0 (none) to below 1. Of each class
+    whole groups are drawn by `seed`, so that no source video is on both sides. Only for the whole
+    archive."""
 
     unlisted: Literal["skip", "train"] = "skip"
-    """What becomes of a clip that neither list names: rejected as `unlisted`, or training. Only for
-    the whole archive."""
+    """What becomes of a clip that no list names: `skip` rejects it, `train` adds it to the training
+    clips. Only for the whole archive."""
 
     lists: str | None = None
-    """Folder of the lists; None: `ucfTrainTestlist` beside `UCF-101`."""
+    """Folder of the official lists; if not given, `ucfTrainTestlist` beside `UCF-101`."""
 
     def __post_init__(self) -> None:
         check_frame_options(self)
