@@ -97,7 +97,7 @@ def test_samples_come_in_the_order_of_items_one_file_a_split(tmp_path: Path) -> 
     assert (result.num_items, result.num_reused, result.rejected) == (10, 0, {})
     assert result.rejected_file is None
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "images", "manifest.json", "words_train.jsonl", "words_val.jsonl",
+        "dataset_card.md", "images", "manifest.json", "words_train.jsonl", "words_val.jsonl",
     ]  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def test_output_is_the_same_bytes_for_any_number_of_workers(tmp_path: Path) -> N
     for workers in (0, 1, 3):
         convert(Ucf101(), root, tmp_path / f"out{workers}", num_workers=workers)
     expected = digest(tmp_path / "out0")
-    assert len(expected) == 11 * 8 + 5
+    assert len(expected) == 11 * 8 + 6
     assert digest(tmp_path / "out1") == expected
     assert digest(tmp_path / "out3") == expected
 
@@ -138,7 +138,7 @@ def test_the_manifest_names_settings_counts_and_hashes(tmp_path: Path) -> None:
     manifest = json.loads(text)
     assert manifest["run"]["converter"] == "words"
     assert manifest["run"]["settings"] == {"shout": True}
-    assert manifest["run"]["num_items"] == 2
+    assert (manifest["run"]["num_items"], manifest["num_items"]) == (3, 2)
     assert manifest["counts"] == {"train": 2}
     facts = manifest["files"]["words_train.jsonl"]
     assert facts["sha256"] == digest(tmp_path / "out")["words_train.jsonl"]
@@ -272,7 +272,7 @@ def test_overwrite_starts_anew_and_leaves_nothing_old(tmp_path: Path) -> None:
     result = convert(Words(shout=True), source, tmp_path / "out", num_workers=0, overwrite=True)
     assert (result.counts, result.num_reused) == ({"train": 1}, 0)
     assert sorted(digest(tmp_path / "out")) == [
-        "images/000.txt.jpg", "manifest.json", "notes.md", "words_train.jsonl",
+        "dataset_card.md", "images/000.txt.jpg", "manifest.json", "notes.md", "words_train.jsonl",
     ]  # fmt: skip
 
 
@@ -438,7 +438,8 @@ def test_an_archive_gives_the_same_output_as_its_folder(tmp_path: Path) -> None:
     convert(Ucf101(), root, tmp_path / "a", num_workers=0)
     result = convert(Ucf101(), archive, tmp_path / "b", num_workers=0)
     a, b = digest(tmp_path / "a"), digest(tmp_path / "b")
-    del a["manifest.json"], b["manifest.json"]
+    for name in ("manifest.json", "dataset_card.md"):  # they name the archive's hash
+        assert a.pop(name) != b.pop(name)
     assert a == b
     assert not (tmp_path / "b/.convert").exists()
     assert convert(Ucf101(), archive, tmp_path / "b").num_reused == result.num_items == 6

@@ -20,7 +20,8 @@ A converter is a small object that knows a format and nothing else:
                 yield Sample(id=item.key, source=self.name, conversations=(turn,))
 
 `phi3v_data.convert(Captions(), source, out_dir)` gives it processes, progress, resume, order and
-atomic output. Built-in converters use the same door: the entry point group `phi3v_data.converters`.
+atomic output. Where every file is an item, a function will do: see `function_converter`. Built-in
+converters use the same door: the entry point group `phi3v_data.converters`.
 """
 
 import difflib
@@ -73,9 +74,26 @@ class Rejected:
     """What was found, in words; the same on every run and machine."""
 
 
+@dataclass(frozen=True)
+class About:
+    """What a data set's card says of where it comes from."""
+
+    title: str
+    """Its name as its makers write it."""
+
+    homepage: str
+    """Where it is got, as an address."""
+
+    license: str
+    """What may be done with it, in a sentence or two."""
+
+
 @runtime_checkable
 class Converter(Protocol):
-    """A data set's format. Its settings are its attributes (a frozen dataclass is ideal)."""
+    """A data set's format. Its settings are its attributes (a frozen dataclass is ideal).
+
+    A class attribute `about: ClassVar[About]` is optional: the data set's card quotes it.
+    """
 
     @property
     def name(self) -> str:
@@ -131,14 +149,19 @@ def get_converter(name: str, **options: object) -> Converter:
     """Find a converter and construct it.
 
     Args:
-        name: the name of an installed converter, or `module:object`; the object is a class, or
-            a converter ready to use.
-        options: keyword arguments of the class.
+        name: the name of an installed converter, or `module:object`; the object is a class, a
+            converter ready to use, or a function of a file.
+        options: keyword arguments of the class, or of the function; a function also takes
+            `files`, the pattern of the files it gets.
 
     Raises:
         ValueError: there is none of that name, it is no converter, or it has no such option.
     """
-    found = _load(name)
+    from phi3v_data.converters.function_converter import is_function
+
+    found = load_converter(name)
+    if is_function(found):
+        return _bind(name, cast("Any", found), options)
     if not isinstance(found, type):
         if options:
             raise ValueError(
@@ -164,7 +187,22 @@ def _points() -> list[EntryPoint]:
     return sorted(entry_points(group=GROUP), key=lambda point: point.name)
 
 
-def _load(name: str) -> object:
+def _bind(name: str, function: Any, options: dict[str, object]) -> Converter:
+    from phi3v_data.converters.function_converter import FunctionConverter, settings_of
+
+    settings = dict(options)
+    pattern = {"files": str(settings.pop("files"))} if "files" in settings else {}
+    known = list(settings_of(function))
+    _check_names(name, [*known, "files"], settings)
+    return FunctionConverter(function, **pattern, settings=settings)
+
+
+def load_converter(name: str) -> object:
+    """The class, object or function behind a name or `module:object`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     if ":" in name:
         return _load_object(name)
     points = {point.name: point for point in _points()}
@@ -201,6 +239,10 @@ def _check_options(name: str, found: type, options: dict[str, object]) -> None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
     known = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    _check_names(name, known, options)
+
+
+def _check_names(name: str, known: list[str], options: dict[str, object]) -> None:
     for option in sorted(options):
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
