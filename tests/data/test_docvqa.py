@@ -225,7 +225,7 @@ def test_a_bad_row_is_named_and_costs_no_other(tmp_path: Path) -> None:
     found = rejections(result)
     assert [reason for reason, _ in found] == [reason for _, reason in bad]
     wheres = [detail.partition(":")[0].partition(" (")[0] for _, detail in found]
-    assert wheres == [f"train_v1.0.json row {k}" for k in range(1, len(bad) + 1)]
+    assert wheres == [f"train_v1.0.json[{k}]" for k in range(1, len(bad) + 1)]
     assert "(questionId 13)" in dict(found)["missing_image"]
     assert_valid(result)
     assert set(contents(tmp_path / "out/images")) == {"documents/a_1.png"}
@@ -245,17 +245,18 @@ def test_an_answer_that_is_no_text_is_left_out_and_named(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "train_v1.0.json is not JSON from byte 0 on: expected '{', got 'the end of the file"),
-        (b'{"data": [{"questionId": 1}', "is not JSON from byte 27 on: expected ','"),
-        (b'{"data": [{"questionId": 1},\n  {"questionId', "is not JSON from byte 31 on: "),
-        (b'{"data": []} x', "from byte 13 on: something follows"),
-        (b'{"data": {"a": 1}}', "expected a list of questions under 'data', got the keys data"),
-        (b'{"data": [' + b"[" * 100_000, "nested too deeply"),
+        (b"", "train_v1.0.json is no JSON: expected an object or a list, got nothing"),
+        (b"questionId,image", "is no JSON: expected an object or a list, got b'q' first"),
+        (b'{"data": {"a": 1}}', "expected a list under 'data', got the keys data"),
+        (
+            b'{"data_split": "train", "rows": [',
+            "expected a list under 'data', got the keys data_sp",
+        ),
         (b'\xff\xfe{\x00"\x00', "train_v1.0.json is UTF-16; expected UTF-8"),
         (b'{"data": []}', "nothing to convert"),
     ],
 )
-def test_annotations_that_are_no_json_are_refused_before_anything_is_written(
+def test_what_is_no_annotations_at_all_is_refused_before_anything_is_written(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
     (tmp_path / "src").mkdir()
@@ -263,6 +264,31 @@ def test_annotations_that_are_no_json_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "src", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("end", "reasons"),
+    [
+        ("", {"truncated": 1}),
+        ("]", {"truncated": 1}),
+        (', {"questionId": 3, "ques', {"bad_json": 1, "truncated": 1}),
+        (",", {"bad_json": 1, "truncated": 1}),
+        ("]} x", {"bad_json": 1}),
+        ('], "data": [{"questionId": 3}]}', {"duplicate_key": 1}),
+        ("}]}", {"bad_json": 1}),
+        (", " + "[" * 100_000, {"bad_json": 1, "truncated": 1}),
+    ],
+)
+def test_what_is_wrong_with_the_end_of_the_annotations_costs_no_row_before_it(
+    tmp_path: Path, end: str, reasons: dict[str, int]
+) -> None:
+    write_pages(tmp_path / "src/documents")
+    rows = ", ".join(json.dumps(row(k)) for k in (1, 2))
+    (tmp_path / "src/train_v1.0.json").write_text(f'{{"data": [{rows}{end}')
+    result = convert(tmp_path / "src", tmp_path / "out")
+    assert [sample.id for sample in samples(result, "train")] == ["train-1", "train-2"]
+    assert result.rejected == reasons
+    assert_valid(result)
 
 
 def test_a_folder_without_annotations_says_what_was_expected(tmp_path: Path) -> None:
@@ -293,7 +319,7 @@ def test_ids_repeated_in_another_group_of_rows_are_rejected(tmp_path: Path) -> N
     write_pages(tmp_path / "src/documents")
     result = convert(tmp_path / "src", tmp_path / "out")
     assert (result.counts, result.rejected) == ({"train": 301}, {"duplicate_id": 1})
-    assert rejections(result)[0][1].startswith("train_v1.0.json row 300: an earlier row")
+    assert rejections(result)[0][1].startswith("train_v1.0.json[300] (line 1): an earlier one")
 
 
 @pytest.mark.parametrize("images", ["link", "reencode"])

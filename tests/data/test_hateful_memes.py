@@ -144,7 +144,7 @@ BAD_LINES: list[tuple[str, bytes | dict[str, Any]]] = [
     ("bad_utf8", b'{"id": 9, "img": "img/00001.png", "label": 0, "text": "caf\xe9"}'),
     ("bad_unicode", b'{"id": 9, "img": "img/00001.png", "label": 0, "text": "\\ud800"}'),
     ("duplicate_key", b'{"id": 9, "id": 10, "img": "img/00001.png", "label": 0, "text": ""}'),
-    ("line_too_long", b'{"id": 9, "text": "' + b"x" * 3_000_000 + b'"}'),
+    ("record_too_long", b'{"id": 9, "text": "' + b"x" * 17_000_000 + b'"}'),
     ("duplicate_id", meme(1)),
     ("duplicate_id", meme(1, id="00001")),
     ("bad_id", meme(9, id=None)),
@@ -205,7 +205,10 @@ def test_a_byte_order_mark_blank_lines_and_crlf_take_nothing_away(tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (json.dumps([meme(1)]).encode(), "data/train.jsonl is one JSON array; expected one object"),
+        (
+            b"id,img,label\n1,img/1.png,0\n",
+            "data/train.jsonl is no JSON: expected one object a line",
+        ),
         (json.dumps(meme(1)).encode("utf-16"), "data/train.jsonl is UTF-16; expected UTF-8"),
     ],
 )
@@ -282,8 +285,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> N
     assert one.num_items > 6
     assert one.counts == {"train": 1500, "dev_seen": 500}
     assert [d.partition(":")[2] for _, d in rejections(one)] == [
-        "1501: an earlier line has the same id",
-        "1502: an earlier line has the same id",
+        "1501: an earlier one has the same id",
+        "1502: an earlier one has the same id",
     ]
     run(root, tmp_path / "two", num_workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -294,8 +297,8 @@ def test_ids_repeated_in_far_groups_are_found_and_no_others(tmp_path: Path) -> N
     write_lines(tmp_path / "src/train.jsonl", *(meme(number) for number in numbers))
     bits = 0
     for item in HatefulMemes().discover(tmp_path / "src"):
-        lines = item.payload.lines
-        bits |= lines.repeated << (lines.first_line - 1)
+        group = item.payload.records
+        bits |= group.repeated << group.first_number
     assert bits == ((1 << 3000) - 1) << 5000
 
 
@@ -312,7 +315,7 @@ def test_listing_is_lazy_and_a_line_without_end_is_not_held(tmp_path: Path) -> N
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert result.counts == {"train": 1}
-    assert result.rejected == {"line_too_long": 1}
+    assert result.rejected == {"record_too_long": 1}
     assert peak < 12_000_000
 
 

@@ -10,11 +10,11 @@ from phi3v_data.converters import Rejected
 from phi3v_data.converters import json_records as module
 from phi3v_data.converters.json_records import (
     ArrayCutter,
-    Record,
     RecordGroup,
     list_record_groups,
     read_records,
 )
+from phi3v_data.converters.rows import Row
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text('ab"\\[]{},:\n é\u2028', max_size=8)
 VALUES = st.recursive(
@@ -101,10 +101,10 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def groups_of(path: Path, group_bytes: int | None = None) -> list[RecordGroup]:
-    return list(list_record_groups(path, path.name, group_bytes))
+    return list(list_record_groups(path, path.name, group_bytes=group_bytes))
 
 
-def read_all(path: Path, group_bytes: int | None = None) -> list[Record | Rejected]:
+def read_all(path: Path, group_bytes: int | None = None) -> list[Row | Rejected]:
     return [found for group in groups_of(path, group_bytes) for found in read_records(group)]
 
 
@@ -128,7 +128,7 @@ def test_the_records_do_not_depend_on_how_they_are_grouped(
     else:
         write(path, json.dumps(rows, indent=2 if form == "pretty" else None))
     whole = read_all(path)
-    assert [record.fields for record in whole if isinstance(record, Record)] == rows
+    assert [record.fields for record in whole if isinstance(record, Row)] == rows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK_BYTES", chunk_bytes)
         groups = groups_of(path, group_bytes)
@@ -138,11 +138,11 @@ def test_the_records_do_not_depend_on_how_they_are_grouped(
 
 def test_a_record_says_where_it_is(tmp_path: Path) -> None:
     lines = write(tmp_path / "a.jsonl", '\n{"a": 1}\n\n{"a": 2}')
-    assert [(r.where, r.number) for r in read_all(lines) if isinstance(r, Record)] == [
+    assert [(r.where, r.number) for r in read_all(lines) if isinstance(r, Row)] == [
         ("a.jsonl:2", 1), ("a.jsonl:4", 3),
     ]  # fmt: skip
     array = write(tmp_path / "b.json", '[\n  {"a": 1},\n\n  {"a": 2}, {}]')
-    assert [(r.where, r.number) for r in read_all(array) if isinstance(r, Record)] == [
+    assert [(r.where, r.number) for r in read_all(array) if isinstance(r, Row)] == [
         ("b.json[0] (line 2)", 0), ("b.json[1] (line 4)", 1), ("b.json[2] (line 4)", 2),
     ]  # fmt: skip
 
@@ -151,13 +151,13 @@ def test_the_form_is_told_by_content_and_not_by_name(tmp_path: Path) -> None:
     for name in ("a.json", "b.jsonl"):
         for content in ('[{"a": 1}, {"a": 2}]', '{"a": 1}\n{"a": 2}', " \n\ufeff"[:2] + '{"a":1}'):
             found = read_all(write(tmp_path / name, content))
-            assert all(isinstance(record, Record) for record in found), (name, content)
+            assert all(isinstance(record, Row) for record in found), (name, content)
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1}]', '{"a": 1}\n'])
 def test_a_byte_order_mark_takes_nothing_away(tmp_path: Path, content: str) -> None:
     (record,) = read_all(write(tmp_path / "a.json", b"\xef\xbb\xbf" + content.encode()))
-    assert isinstance(record, Record)
+    assert isinstance(record, Row)
     assert record.fields == {"a": 1}
 
 
@@ -220,7 +220,7 @@ def test_a_record_too_long_is_rejected_and_the_next_one_read(
     first, second = read_all(write(tmp_path / "a.json", content))
     assert isinstance(first, Rejected)
     assert first.reason == "record_too_long"
-    assert isinstance(second, Record)
+    assert isinstance(second, Row)
     assert second.fields == {"a": 2}
 
 

@@ -65,13 +65,8 @@ from phi3v_data.converters.clip_folders import (
     check_frame_options,
     read_clip,
 )
-from phi3v_data.converters.json_records import (
-    Record,
-    RecordGroup,
-    list_record_groups,
-    read_records,
-)
-from phi3v_data.converters.rows import RowError, convert_rows
+from phi3v_data.converters.json_records import RecordGroup, list_record_groups, read_records
+from phi3v_data.converters.rows import Row, RowError, convert_rows
 from phi3v_data.converters.source_images import ImageStore, Policy, find_image, write_image_once
 from phi3v_data.image_check import path_problem
 from phi3v_data.schema import Sample, Turn
@@ -164,7 +159,7 @@ class ChatJsonl(FrameOptions):
         records = read_records(item.payload.group)
         yield from convert_rows(records, lambda record: self._sample(record, item.split, shelf))
 
-    def _sample(self, record: Record, split: str, shelf: "_Shelf") -> Sample:
+    def _sample(self, record: Row, split: str, shelf: "_Shelf") -> Sample:
         fields = record.fields
         _check_supported(fields)
         messages = _place_system(_read_messages(fields), self.system)

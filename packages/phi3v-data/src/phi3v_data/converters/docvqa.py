@@ -31,26 +31,30 @@ samples end with the question. Samples come in the order of the annotations. Whe
 same, and it has their types. The Cauldron's rows hold their prompts and are taken as they are.
 
 Annotations are read in pieces: memory is bounded however large they are. A row that gives no sample
-is named with its reason; annotations that are not JSON at all are refused before anything is
-written.
+is named with its reason, and so is the end of a file that is cut off; what is no annotations at all
+is refused before anything is written.
 """
 
-import codecs
-import json
 import os
 import re
 import unicodedata
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
-import numpy as np
 import xxhash
 
 from phi3v_data.converters import Item, Rejected
 from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
+from phi3v_data.converters.json_records import (
+    RecordGroup,
+    find_list,
+    id_reader,
+    list_record_groups,
+    read_records,
+)
 from phi3v_data.converters.parquet_rows import (
     ParquetError,
     ParquetFile,
@@ -61,17 +65,9 @@ from phi3v_data.converters.parquet_rows import (
     list_row_groups,
     read_rows,
 )
-from phi3v_data.converters.rows import (
-    Row,
-    RowError,
-    canonical_id,
-    group_bytes,
-    parse_row,
-    text_field,
-)
+from phi3v_data.converters.rows import Row, RowError, SeenIds, canonical_id, text_field
 from phi3v_data.converters.source_images import ImageStore, Policy, find_image
 from phi3v_data.image_check import path_problem
-from phi3v_data.jsonl import byte_order_mark
 from phi3v_data.schema import MetadataValue, Sample, Turn
 
 SPLITS = ("train", "val", "test")
@@ -92,35 +88,16 @@ COLUMNS = (
 )
 """Columns read of the hub's exports."""
 
-MAX_ROW_BYTES = 1 << 22
-"""A longer value is no row, and must not fill memory."""
-
-CHUNK_BYTES = 1 << 18
-
 IDS_AT_ONCE = 4096
 
 _ANNOTATION = re.compile(r"(train|val|test)(_v[0-9][0-9.]*)?(_withQT)?\.json", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class JsonRows:
-    """Consecutive rows of an annotation file."""
+class Pages:
+    """What an item of an annotation file carries beside its path."""
 
-    name: str
-    """The file's path below the source, for messages."""
-
-    start: int
-    """Offset of the first row's first byte."""
-
-    end: int
-    """Offset after the last row."""
-
-    first_row: int
-    """Number of the first row in the file, from 0."""
-
-    repeated: tuple[int, ...]
-    """Rows of these, counted from 0, whose id an earlier row of the split has."""
-
+    records: RecordGroup
     folders: tuple[str, ...]
     """Folders that may hold the pages, nearest first."""
 
@@ -130,8 +107,8 @@ class PageRows:
     """A row group of a hub export."""
 
     group: RowGroup
-    repeated: tuple[int, ...]
-    """As in `JsonRows`."""
+    repeated: int
+    """Bit k is set where row k of the group has an id that an earlier row of the split has."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +166,7 @@ class DocVqa:
     def convert(self, item: Item, out_dir: Path) -> Iterator[Sample | Rejected]:
         """Write the pages of a group of rows and yield their samples."""
         store = ImageStore(self.images, self.quality)
-        if isinstance(item.payload, JsonRows):
+        if isinstance(item.payload, Pages):
             yield from self._convert_json_rows(item, item.payload, out_dir, store)
         elif isinstance(item.payload, PageRows):
             yield from self._convert_page_rows(item, item.payload, out_dir, store)
@@ -197,10 +174,10 @@ class DocVqa:
             yield from convert_cauldron_rows(item, out_dir, self.name, 1, store)
 
     def _convert_json_rows(
-        self, item: Item, rows: JsonRows, out_dir: Path, store: ImageStore
+        self, item: Item, pages: Pages, out_dir: Path, store: ImageStore
     ) -> Iterator[Sample | Rejected]:
         written: dict[str, str] = {}  # several questions a page: it is decoded once
-        for row in _read_json_rows(item.path, rows):
+        for row in read_records(pages.records):
             if isinstance(row, Rejected):
                 yield row
                 continue
@@ -208,7 +185,7 @@ class DocVqa:
                 draft = self._draft(row, item.split)
                 name = _page_name(row)
                 if name not in written:
-                    path = find_image(_page_candidates(name, rows.folders), name)
+                    path = find_image(_page_candidates(name, pages.folders), name)
                     written[name] = store.put(out_dir, name, path, item.key)
             except RowError as error:
                 yield Rejected(error.reason, f"{_label(row)}: {error.detail}")
@@ -220,12 +197,11 @@ class DocVqa:
         self, item: Item, rows: PageRows, out_dir: Path, store: ImageStore
     ) -> Iterator[Sample | Rejected]:
         written: dict[str, str] = {}
-        repeated = set(rows.repeated)
         try:
             for k, fields in enumerate(read_rows(rows.group, COLUMNS)):
                 row = Row(f"{rows.group.key}, row {k}", _named_as_in_json(fields))
                 try:
-                    if k in repeated:
+                    if rows.repeated >> k & 1:
                         raise RowError("duplicate_id", "an earlier row has the same id")
                     draft = self._draft(row, item.split)
                     content = _content(row)
@@ -396,19 +372,16 @@ def _list_json_items(annotations: list[Path], source: Path) -> Iterator[Item]:
     index = 0
     for path in annotations:
         name = path.name if path == source else path.relative_to(source).as_posix()
-        document = _scan(path, name)
-        repeated = _repeated(document.hashes)
+        place, header = find_list(path, name, "data")
+        # A row that asks nothing takes no id from a later one that does.
+        groups = list_record_groups(
+            path, name, at=place, id_of=id_reader("questionId", "question", "image")
+        )
         folders = _folders_above(path, source)
-        ends = [*document.first_rows, len(document.hashes)][1:]
-        bounds = zip(document.starts, document.ends, document.first_rows, ends, strict=True)
-        for start, end, first_row, end_row in bounds:
-            low, high = np.searchsorted(repeated, (first_row, end_row)).tolist()
-            rows = JsonRows(
-                name, start, end, first_row, tuple((repeated[low:high] - first_row).tolist()),
-                folders,
-            )  # fmt: skip
-            key = f"{name} row {first_row}"
-            yield Item(index, key, str(path), split=document.split, payload=rows)
+        split = None
+        for group in groups:
+            split = split or _split_of(group, header)
+            yield Item(index, group.key, group.path, split=split, payload=Pages(group, folders))
             index += 1
 
 
@@ -421,210 +394,18 @@ def _folders_above(annotation: Path, source: Path) -> tuple[str, ...]:
     return tuple(str(f) for f in (folder, *folder.parents) if f.is_relative_to(top))
 
 
-@dataclass(frozen=True)
-class _Document:
-    """Where the rows of an annotation file are, in groups, and what their ids are."""
-
-    split: str
-    starts: "array[int]"
-    ends: "array[int]"
-    first_rows: "array[int]"
-    hashes: "array[int]"
-    """Of the id of every row, in order."""
-
-
-def _scan(path: Path, name: str) -> _Document:
-    """Find the rows of an annotation file in one pass.
-
-    Raises:
-        ValueError: it is not JSON, or has no list of rows.
-    """
-    starts, ends, first_rows, hashes = (array("Q") for _ in range(4))
-    wanted_bytes = group_bytes(path)
-    row_split: object = None
-    with open(path, "rb") as file:
-        text = _JsonText(file, name)
-        for start, end, value in text.read_rows():
-            fields = cast("dict[str, object]", value) if isinstance(value, dict) else {}
-            # A row that asks nothing takes no id from a later one that does.
-            asks = str(fields.get("question") or "").strip() and fields.get("image")
-            identity = canonical_id(fields.get("questionId")) if asks else None
-            unique = f"\0row {len(hashes)}"
-            row_split = row_split or fields.get("data_split")
-            if not starts or ends[-1] - starts[-1] >= wanted_bytes:
-                starts.append(start)
-                ends.append(end)
-                first_rows.append(len(hashes))
-            ends[-1] = end
-            hashes.append(_hash(unique if identity is None else identity))
-    match = _ANNOTATION.fullmatch(path.name)
-    for said in (match and match[1], text.header.get("dataset_split"), row_split):
+def _split_of(group: RecordGroup, header: dict[str, Any]) -> str:
+    """The split that the file's name says, or the document, or the first row that says one."""
+    match = _ANNOTATION.fullmatch(Path(group.path).name)
+    rows = (row.fields.get("data_split") for row in read_records(group) if isinstance(row, Row))
+    for said in chain((match and match[1], header.get("dataset_split")), rows):
         split = {"validation": "val"}.get(str(said).lower(), str(said).lower())
         if split in SPLITS:
-            return _Document(split, starts, ends, first_rows, hashes)
+            return split
     raise ValueError(
-        f"{name}: expected its name to start with train, val or test, or 'dataset_split' to say it"
+        f"{group.name}: expected its name to start with train, val or test, or 'dataset_split' to "
+        "say it"
     )
-
-
-def _hash(identity: str) -> int:
-    return xxhash.xxh3_64_intdigest(identity.encode("utf-8", "surrogatepass"))
-
-
-def _repeated(hashes: "array[int]") -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Positions whose value occurs at an earlier one, ascending.
-
-    Two of ten million different ids share one of these hashes with a chance of 3 in a million.
-    """
-    values = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, dtype=np.uint64)
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    return np.sort(order[1:][ordered[1:] == ordered[:-1]])
-
-
-def _read_json_rows(path: str, rows: JsonRows) -> Iterator[Row | Rejected]:
-    """Yield the rows of a group in order, or why one is none."""
-    with open(path, "rb") as file:
-        file.seek(rows.start)
-        text = file.read(rows.end - rows.start).decode("utf-8", "surrogateescape")
-    file_name = Path(rows.name).name
-    repeated = set(rows.repeated)
-    at, k = 0, 0
-    while at < len(text):
-        _, end = _DECODER.raw_decode(text, at)
-        where = f"{file_name} row {rows.first_row + k}"
-        try:
-            fields = parse_row(text[at:end].encode("utf-8", "surrogateescape"))
-            if k in repeated:
-                raise RowError("duplicate_id", "an earlier row has the same id")
-            yield Row(where, fields)
-        except RowError as error:
-            yield Rejected(error.reason, f"{where}: {error.detail}")
-        at, k = cast("re.Match[str]", _BETWEEN_ROWS.match(text, end)).end(), k + 1
-
-
-# Control characters in a string make a bad row, not a bad file.
-_DECODER = json.JSONDecoder(strict=False)
-_SPACE = re.compile(r"[ \t\n\r]*")
-_BETWEEN_ROWS = re.compile(r"[ \t\n\r,]*")
-
-
-class _JsonText:
-    """A JSON document read value by value through a window that moves along the file.
-
-    Bytes that are no UTF-8 become surrogates and back, so that offsets hold and one bad row costs
-    no other.
-    """
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        encoding = byte_order_mark(file.read(4))
-        if encoding == "UTF-16":
-            raise ValueError(f"{name} is {encoding}; expected UTF-8: save it as that")
-        self.header: dict[str, object] = {}
-        """What the document says beside its rows, as far as it was read."""
-        self._offset = 3 if encoding else 0  # of the text not yet passed, in the file
-        file.seek(self._offset)
-        self._file, self._name = file, name
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._text, self._at = "", 0
-
-    def read_rows(self) -> Iterator[tuple[int, int, object]]:
-        """Yield (start, end, value) of the rows: of the list under `data`, or of a list alone.
-
-        Raises:
-            ValueError: the document is not JSON, or has no such list.
-        """
-        if self._peek() == "[":
-            yield from self._read_list()
-        else:
-            self._take("{")
-            has_rows = False
-            while self._peek() != "}":
-                key = self._read_value()
-                self._take(":")
-                if key == "data" and self._peek() == "[":
-                    has_rows = True
-                    yield from self._read_list()
-                else:
-                    self.header[str(key)] = self._read_value()
-                if self._peek() != "}":
-                    self._take(",")
-            self._take("}")
-            if not has_rows:
-                raise ValueError(
-                    f"{self._name}: expected a list of questions under 'data', got the keys "
-                    f"{', '.join(self.header) or 'none'}"
-                )
-        if self._peek():
-            raise self._error("something follows the end of the document")
-
-    def _read_list(self) -> Iterator[tuple[int, int, object]]:
-        self._take("[")
-        while self._peek() != "]":
-            start = self._offset
-            value = self._read_value()
-            yield start, self._offset, value
-            if self._peek() != "]":
-                self._take(",")
-        self._take("]")
-
-    def _read_value(self) -> object:
-        self._peek()
-        while True:
-            problem = "the value is cut off"
-            try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
-                # What ends with the window may go on after it, as a number does.
-                if end < len(self._text) or not self._fill():
-                    self._pass(end - self._at if end < len(self._text) else len(self._text))
-                    return value
-                continue
-            except RecursionError:
-                raise self._error("nested too deeply") from None
-            except json.JSONDecodeError as error:
-                problem = error.msg
-            if len(self._text) - self._at > MAX_ROW_BYTES:
-                raise self._error(f"{problem} (or a value of more than {MAX_ROW_BYTES:,} bytes)")
-            if not self._fill():
-                raise self._error(problem)
-
-    def _take(self, expected: str) -> None:
-        found = self._peek()
-        if found != expected:
-            raise self._error(f"expected {expected!r}, got {found or 'the end of the file'!r}")
-        self._pass(1)
-
-    def _peek(self) -> str:
-        """The next character that is not white space; empty at the end of the file."""
-        while True:
-            space = cast("re.Match[str]", _SPACE.match(self._text, self._at))
-            self._pass(space.end() - self._at)
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._fill():
-                return ""
-
-    def _pass(self, num_characters: int) -> None:
-        passed = self._text[self._at : self._at + num_characters]
-        self._offset += len(passed) if passed.isascii() else len(_encode(passed))
-        self._at += num_characters
-
-    def _fill(self) -> bool:
-        """Append to the window what comes next; False at the end of the file."""
-        content = self._file.read(CHUNK_BYTES)
-        more = self._decoder.decode(content, final=not content)
-        self._text, self._at = self._text[self._at :] + more, 0
-        return bool(content or more)
-
-    def _error(self, problem: str) -> ValueError:
-        return ValueError(
-            f"{self._name} is not JSON from byte {self._offset} on: {problem}; "
-            "repair it, or get it again"
-        )
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
 
 
 # --- the hub's exports ----------------------------------------------------------------------------
@@ -649,22 +430,17 @@ def _list_page_items(files: list[ParquetFile]) -> Iterator[Item]:
     index = 0
     groups = list(list_row_groups(files))
     for split in dict.fromkeys(group.split for group in groups):
-        of_split = [group for group in groups if group.split == split]
-        hashes = array("Q")
-        for group in of_split:
-            hashes.extend(_id_hashes(group, "questionId" in columns[group.name]))
-        repeated = _repeated(hashes)
-        for group in of_split:
-            bounds = (group.first_row, group.first_row + group.num_rows)
-            low, high = np.searchsorted(repeated, bounds).tolist()
-            payload = PageRows(group, tuple((repeated[low:high] - group.first_row).tolist()))
-            yield Item(index, group.key, group.path, split=split, payload=payload)
-            index += 1
+        seen = SeenIds()
+        for group in groups:
+            if group.split == split:
+                column = "questionId" if "questionId" in columns[group.name] else "id"
+                repeated = seen.add(_ids(group, column))
+                payload = PageRows(group, repeated)
+                yield Item(index, group.key, group.path, split=split, payload=payload)
+                index += 1
 
 
-def _id_hashes(group: RowGroup, has_question_id: bool) -> Iterator[int]:
-    """The hash of each row's id; only that column is read."""
-    column = "questionId" if has_question_id else "id"
-    for k, fields in enumerate(read_rows(group, (column,), rows_at_once=IDS_AT_ONCE)):
-        identity = canonical_id(fields[column])
-        yield _hash(f"\0row {group.first_row + k}" if identity is None else identity)
+def _ids(group: RowGroup, column: str) -> list[str | None]:
+    """Each row's id; only that column is read."""
+    rows = read_rows(group, (column,), rows_at_once=IDS_AT_ONCE)
+    return [canonical_id(fields[column]) for fields in rows]

@@ -32,13 +32,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from phi3v_data.converters import Item, Rejected
+from phi3v_data.converters.annotation_files import find_annotations, roots_above
 from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
-from phi3v_data.converters.jsonl_rows import (
-    LineGroup,
-    find_annotations,
-    list_line_groups,
-    read_rows,
-    roots_above,
+from phi3v_data.converters.json_records import (
+    RecordGroup,
+    id_reader,
+    list_record_groups,
+    read_records,
 )
 from phi3v_data.converters.parquet_rows import list_parquet_files
 from phi3v_data.converters.rows import Row, RowError, canonical_id, convert_rows, text_field
@@ -60,7 +60,7 @@ _SPLIT_FILE = re.compile(r"(train|dev|val|test)([_-][A-Za-z0-9_.-]*)?\.jsonl")
 class Memes:
     """What an item carries beside its path."""
 
-    lines: LineGroup
+    records: RecordGroup
     folder: str
     """The folder of the annotations: `img` is relative to it."""
 
@@ -109,9 +109,9 @@ class HatefulMemes:
         for path in sorted(files, key=_split_order):
             image_folders = _image_folders(path, source)
             name = path.name if path == source else path.relative_to(source).as_posix()
-            for lines in list_line_groups(path, name, "id"):
-                payload = Memes(lines, str(path.parent), image_folders)
-                yield Item(index, lines.key, lines.path, split=path.stem, payload=payload)
+            for group in list_record_groups(path, name, id_of=id_reader("id")):
+                payload = Memes(group, str(path.parent), image_folders)
+                yield Item(index, group.key, group.path, split=path.stem, payload=payload)
                 index += 1
 
     def convert(self, item: Item, out_dir: Path) -> Iterator[Sample | Rejected]:
@@ -122,7 +122,8 @@ class HatefulMemes:
             yield from convert_cauldron_rows(item, out_dir, self.name, 1, store)
             return
         yield from convert_rows(
-            read_rows(payload.lines), lambda row: self._sample(row, item, payload, out_dir, store)
+            read_records(payload.records),
+            lambda row: self._sample(row, item, payload, out_dir, store),
         )
 
     def _sample(

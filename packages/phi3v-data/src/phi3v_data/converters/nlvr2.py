@@ -34,13 +34,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phi3v_data.converters import Item, Rejected
+from phi3v_data.converters.annotation_files import find_annotations, roots_above
 from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
-from phi3v_data.converters.jsonl_rows import (
-    LineGroup,
-    find_annotations,
-    list_line_groups,
-    read_rows,
-    roots_above,
+from phi3v_data.converters.json_records import (
+    RecordGroup,
+    id_reader,
+    list_record_groups,
+    read_records,
 )
 from phi3v_data.converters.parquet_rows import list_parquet_files
 from phi3v_data.converters.rows import Row, RowError, convert_rows, text_field
@@ -63,7 +63,7 @@ _DIRECTORY = re.compile(r"[0-9]{1,4}")
 class Pairs:
     """What an item carries beside its path."""
 
-    lines: LineGroup
+    records: RecordGroup
     folders: tuple[str, ...]
     """Folders that may hold the pictures, in any of the layouts; nearest first."""
 
@@ -109,11 +109,11 @@ class Nlvr2:
         for path in files:
             folders = _image_folders(roots_above(path, source))
             name = path.name if path == source else path.relative_to(source).as_posix()
-            for lines in list_line_groups(path, name, "identifier"):
+            for group in list_record_groups(path, name, id_of=id_reader("identifier", "sentence")):
                 if self.strict:
-                    _check_images(lines, folders)
-                payload = Pairs(lines, folders)
-                yield Item(index, lines.key, lines.path, split=path.stem, payload=payload)
+                    _check_images(group, folders)
+                payload = Pairs(group, folders)
+                yield Item(index, group.key, group.path, split=path.stem, payload=payload)
                 index += 1
 
     def convert(self, item: Item, out_dir: Path) -> Iterator[Sample | Rejected]:
@@ -124,7 +124,7 @@ class Nlvr2:
             yield from convert_cauldron_rows(item, out_dir, self.name, 2, store)
             return
         yield from convert_rows(
-            read_rows(payload.lines),
+            read_records(payload.records),
             lambda row: self._sample(row, item, payload.folders, out_dir, store),
         )
 
@@ -182,8 +182,8 @@ def _find(name: str, folders: tuple[str, ...]) -> Path:
     return find_image([Path(folder, layout) for folder in folders for layout in layouts], name)
 
 
-def _check_images(lines: LineGroup, folders: tuple[str, ...]) -> None:
-    for row in read_rows(lines):
+def _check_images(group: RecordGroup, folders: tuple[str, ...]) -> None:
+    for row in read_records(group):
         if isinstance(row, Row):
             try:
                 for name in _image_names(row):

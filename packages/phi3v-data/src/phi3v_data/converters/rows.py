@@ -1,20 +1,24 @@
 """What the converters of annotated pictures share: a row, what can be wrong with one, and its text.
 
-    for found in read_rows(group):                # of jsonl_rows, json_records …
-        found      # Row(where="train.jsonl:17", fields={"id": 42953, …})
+    for found in read_records(group):             # of json_records
+        found      # Row(where="train.jsonl:17", fields={"id": 42953, …}, number=16)
         found      # or Rejected("bad_json", "train.jsonl:18: …")
 
-    yield from convert_rows(read_rows(group), make_sample)
+    yield from convert_rows(read_records(group), make_sample)
 
 A row that gives no sample costs no other: whatever reads or converts one raises `RowError`, and
 `convert_rows` turns that into a `Rejected` with the row's place.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
 from phi3v_data.converters import Rejected
 from phi3v_data.schema import Sample
@@ -41,10 +45,13 @@ class Row:
     """One object of the file."""
 
     where: str
-    """File name and line, to start messages with."""
+    """File name and place, to start messages with."""
 
     fields: dict[str, Any]
     """Its text is valid Unicode, and no key occurred twice."""
+
+    number: int = 0
+    """Its place in the file, from 0: of lines (blank ones count), or of elements."""
 
 
 class RowError(ValueError):
@@ -133,6 +140,34 @@ def canonical_id(value: object) -> str | None:
     if text.isascii() and text.isdigit():
         return text.lstrip("0") or "0"
     return text if isinstance(value, str) and text else None
+
+
+class SeenIds:
+    """Hashes of ids met so far, 8 bytes each: sorted arrays, each more than twice the next.
+
+    Two of ten million different ids share one of these hashes with a chance of 3 in a million.
+    """
+
+    def __init__(self) -> None:
+        self._levels: list[NDArray[np.uint64]] = []
+
+    def add(self, identities: Sequence[str | None]) -> int:
+        """Add some ids; return a number whose bit k is set where the k-th was met before."""
+        positions = [k for k, identity in enumerate(identities) if identity is not None]
+        hashes = [xxhash.xxh3_64_intdigest(i.encode()) for i in identities if i is not None]
+        new = np.array(hashes, dtype=np.uint64)
+        is_new = np.zeros(len(new), dtype=bool)
+        is_new[np.unique(new, return_index=True)[1]] = True
+        for level in self._levels:
+            places = np.searchsorted(level, new).clip(max=len(level) - 1)
+            is_new &= level[places] != new
+        fresh = np.sort(new[is_new])
+        while self._levels and len(self._levels[-1]) <= 2 * len(fresh):
+            fresh = np.concatenate([self._levels.pop(), fresh])
+            fresh.sort()
+        if len(fresh):
+            self._levels.append(fresh)
+        return sum(1 << positions[k] for k in np.flatnonzero(~is_new).tolist())
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
