@@ -207,7 +207,7 @@ def test_a_byte_order_mark_blank_lines_and_crlf_take_nothing_away(tmp_path: Path
     [
         (
             b"id,img,label\n1,img/1.png,0\n",
-            "data/train.jsonl is no JSON: expected one object a line",
+            "train.jsonl is no JSON: expected one object a line",
         ),
         (json.dumps(meme(1)).encode("utf-16"), "data/train.jsonl is UTF-16; expected UTF-8"),
     ],

@@ -1,8 +1,10 @@
 r"""Which files of a data set's folder are its annotations, and where their pictures may be.
 
-find_annotations(source, re.compile(r"(train|dev)\.jsonl"), ("", "data"), "data/…")
-# [source/data/dev.jsonl, source/data/train.jsonl]
-roots_above(source / "data/train.jsonl", source)      # [source/data, source]
+    pattern = re.compile(r"(train|dev)\.jsonl")
+    find_annotations(source, pattern, ("", "data"), "dev.jsonl …")     # [source/data/dev.jsonl]
+    roots_above(source / "data/dev.jsonl", source)                     # [source/data, source]
+
+A folder that holds one data set is taken for it.
 """
 
 import os
