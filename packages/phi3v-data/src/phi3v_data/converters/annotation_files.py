@@ -11,6 +11,8 @@ import os
 import re
 from pathlib import Path
 
+from phi3v_data.converters.rows import show_name
+
 
 def find_annotations(
     source: Path, pattern: re.Pattern[str], folders: tuple[str, ...], expected: str
@@ -38,7 +40,7 @@ def find_annotations(
                     found[root] = files
                     break
         if len(found) > 1:
-            names = ", ".join(root.name for root in found)
+            names = ", ".join(show_name(root.name) for root in found)
             raise ValueError(f"{source} holds several data sets ({names}); name one of: {expected}")
         if found:
             return next(iter(found.values()))

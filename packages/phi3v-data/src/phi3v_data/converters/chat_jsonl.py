@@ -50,7 +50,6 @@ import base64
 import binascii
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -66,9 +65,14 @@ from phi3v_data.converters.clip_folders import (
     read_clip,
 )
 from phi3v_data.converters.json_records import RecordGroup, list_record_groups, read_records
-from phi3v_data.converters.rows import Row, RowError, convert_rows
-from phi3v_data.converters.source_images import ImageStore, Policy, find_image, write_image_once
-from phi3v_data.image_check import path_problem
+from phi3v_data.converters.rows import Row, RowError, convert_rows, show_name
+from phi3v_data.converters.source_images import (
+    ImageStore,
+    Policy,
+    find_image,
+    reference_problem,
+    write_image_once,
+)
 from phi3v_data.schema import Sample, Turn
 
 System = Literal["prepend", "drop", "reject"]
@@ -203,7 +207,7 @@ def _find_files(source: Path) -> list[tuple[str, Path]]:
         inside = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
         folders = [folder for folder in inside if _list_files(folder)]
         if len(folders) > 1:
-            names = ", ".join(folder.name for folder in folders)
+            names = ", ".join(show_name(folder.name) for folder in folders)
             raise ValueError(f"{source} holds several data sets ({names}); name one")
         files = _list_files(folders[0]) if folders else []
     if not files:
@@ -212,8 +216,9 @@ def _find_files(source: Path) -> list[tuple[str, Path]]:
     for path in files:
         other = by_split.setdefault(_split_name(path), path)
         if other != path:
+            names = f"{show_name(other.name)} and {show_name(path.name)}"
             raise ValueError(
-                f"{other.name} and {path.name} would both be split {_split_name(path)!r}: "
+                f"{names} would both be split {_split_name(path)!r}: "
                 "rename one, or name the file instead of the folder"
             )
     order = {split: k for k, split in enumerate(SPLITS)}
@@ -239,12 +244,15 @@ def _list_files(folder: Path) -> list[Path]:
     )
 
 
+MAX_SPLIT_LENGTH = 100
+"""Characters of a file's name that become its split's: output files' names add some."""
+
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 """Lists of data sets, of LLaMA-Factory, ms-swift and `datasets`: no records."""
 
 
 def _split_name(path: Path) -> str:
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.stem).lstrip("_.-")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.stem).lstrip("_.-")[:MAX_SPLIT_LENGTH]
     if not name:
         raise ValueError(f"{path.name!r} gives no name for a split; rename it, as train.jsonl")
     return name
@@ -659,18 +667,15 @@ class _Shelf:
         if source.startswith("file://"):
             source = unquote(urlsplit(source).path)
         elif "://" in source[:12]:
-            raise RowError("remote_media", f"{source[:120]} is not fetched; download it first")
+            raise RowError("remote_media", f"{source[:120]!r} is not fetched; download it first")
         for root in self._roots:
             if source.startswith(f"{root.rstrip('/')}/"):
                 source = source[len(root.rstrip("/")) + 1 :]
-        problem = path_problem(source)
+        problem = reference_problem(source)
         if problem:
             way_out = "; image_root can be the folder it is in" if source.startswith("/") else ""
             raise RowError("unsafe_path", f"{source[:120]!r} {problem}{way_out}")
         name = PurePosixPath(source)
-        is_odd = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in source)
-        if not name.parts or is_odd:
-            raise RowError("unsafe_path", f"{source[:120]!r} is no file's name")
         try:
             return str(name), find_image([Path(root, name) for root in self._roots], str(name))
         except RowError as error:

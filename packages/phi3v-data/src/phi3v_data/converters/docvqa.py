@@ -37,7 +37,6 @@ is refused before anything is written.
 
 import os
 import re
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -65,9 +64,13 @@ from phi3v_data.converters.parquet_rows import (
     list_row_groups,
     read_rows,
 )
-from phi3v_data.converters.rows import Row, RowError, SeenIds, canonical_id, text_field
-from phi3v_data.converters.source_images import ImageStore, Policy, find_image
-from phi3v_data.image_check import path_problem
+from phi3v_data.converters.rows import Row, RowError, SeenIds, canonical_id, show_name, text_field
+from phi3v_data.converters.source_images import (
+    ImageStore,
+    Policy,
+    find_image,
+    reference_problem,
+)
 from phi3v_data.schema import MetadataValue, Sample, Turn
 
 SPLITS = ("train", "val", "test")
@@ -303,14 +306,10 @@ def _page_name(row: Row) -> str:
     value = row.fields.get("image")
     if not isinstance(value, str):
         raise RowError("bad_row", f"expected a path under 'image', got {value!r:.80}")
-    problem = path_problem(value)
-    if not problem and any(unicodedata.category(character) == "Cc" for character in value):
-        problem = "holds control characters"
+    problem = reference_problem(value)
     if problem:
         raise RowError("bad_path", f"image {value!r:.120} {problem}")
     path = PurePosixPath(value)
-    if not path.name:
-        raise RowError("bad_path", f"image {value!r:.120} names no file")
     return str(path) if len(path.parts) > 1 else f"documents/{path}"
 
 
@@ -352,6 +351,8 @@ def _list_annotations(source: Path) -> list[Path]:
         for name in sorted(names):
             match = _ANNOTATION.fullmatch(name)
             if match:
+                if not Path(folder, name).is_file():  # a pipe would be waited for
+                    raise ValueError(f"{name} is no regular file; remove it")
                 found.setdefault(match[1].lower(), []).append(Path(folder, name))
     return [_choose(split, found[split], source) for split in SPLITS if split in found]
 
@@ -364,7 +365,7 @@ def _choose(split: str, paths: list[Path], source: Path) -> Path:
         return paths[0]
     if len(paths) == 2 and len(with_types) == 1 and len(plain) == 1:
         return with_types[0]
-    names = ", ".join(path.relative_to(source).as_posix() for path in paths)
+    names = ", ".join(show_name(path.relative_to(source).as_posix()) for path in paths)
     raise ValueError(f"{source} holds several annotations of {split} ({names}); keep or name one")
 
 

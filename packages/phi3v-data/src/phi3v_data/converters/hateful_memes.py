@@ -42,8 +42,12 @@ from phi3v_data.converters.json_records import (
 )
 from phi3v_data.converters.parquet_rows import list_parquet_files
 from phi3v_data.converters.rows import Row, RowError, canonical_id, convert_rows, text_field
-from phi3v_data.converters.source_images import ImageStore, Policy, find_image
-from phi3v_data.image_check import path_problem
+from phi3v_data.converters.source_images import (
+    ImageStore,
+    Policy,
+    find_image,
+    reference_problem,
+)
 from phi3v_data.schema import Sample, Turn
 
 PROMPT = "Is this meme hateful? Answer yes or no."
@@ -161,12 +165,10 @@ _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1}
 def _put_image(name: object, memes: Memes, item: Item, out_dir: Path, store: ImageStore) -> str:
     if not isinstance(name, str):
         raise RowError("bad_row", f"expected a path under 'img', got {name!r:.80}")
-    problem = path_problem(name)
+    problem = reference_problem(name)
     if problem:
         raise RowError("unsafe_path", f"'img' {name!r:.80} {problem}")
     path = PurePosixPath(name)
-    if not path.parts or not name.isprintable():
-        raise RowError("unsafe_path", f"'img' {name!r:.80} is no file's name")
     padded = path.with_name(path.stem.zfill(5) + path.suffix)
     places = [Path(memes.folder, candidate) for candidate in (path, padded)]
     for folder in memes.image_folders:

@@ -34,7 +34,7 @@ import msgspec
 import numpy as np
 
 from phi3v_data.converters import Rejected, rows
-from phi3v_data.converters.rows import Row, RowError, SeenIds, canonical_id, parse_row
+from phi3v_data.converters.rows import Row, RowError, SeenIds, canonical_id, parse_row, show_name
 from phi3v_data.jsonl import byte_order_mark
 
 MAX_RECORD_BYTES = 1 << 24
@@ -203,7 +203,7 @@ def list_record_groups(
     Raises:
         ValueError: the file as a whole is something else: UTF-16, or one object over many lines.
     """
-    wanted = group_bytes or rows.group_bytes(path)
+    wanted, name = group_bytes or rows.group_bytes(path), show_name(name)
     with open(path, "rb") as file:
         start = at or _find_start(file, name)
         first = os.pread(file.fileno(), 1, start.offset)
@@ -241,6 +241,7 @@ def find_list(path: Path, name: str, key: str) -> tuple[Place, dict[str, Any]]:
         ValueError: it is not JSON, or there is no such list.
     """
     header: dict[str, Any] = {}
+    name = show_name(name)
     with open(path, "rb") as file:
         start = _find_start(file, name)
         first = os.pread(file.fileno(), 1, start.offset)

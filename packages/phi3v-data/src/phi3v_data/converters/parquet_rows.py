@@ -31,6 +31,8 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from phi3v_data.converters.rows import show_name
+
 ROWS_AT_ONCE = 8
 """Rows in memory: pages of 1 MB, and a few pictures a row, stay in the tens of megabytes."""
 
@@ -81,10 +83,14 @@ def list_parquet_files(source: Path) -> list[ParquetFile]:
 
     Splits come in the order train, val, test, then others by name. Hidden files and folders are
     left out.
+
+    Raises:
+        ParquetError: one is a pipe, a folder, or a link to nothing.
     """
     if source.is_file():
         is_one = source.suffix.lower() == ".parquet"
-        return [ParquetFile(source, source.name, split_of(source.name))] if is_one else []
+        shown = show_name(source.name)
+        return [ParquetFile(source, shown, split_of(source.name))] if is_one else []
     files: list[ParquetFile] = []
     for folder, folders, names in os.walk(source):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -92,7 +98,9 @@ def list_parquet_files(source: Path) -> list[ParquetFile]:
             if name.lower().endswith(".parquet") and not name.startswith("."):
                 path = Path(folder, name)
                 relative = path.relative_to(source).as_posix()
-                files.append(ParquetFile(path, relative, split_of(relative)))
+                if not path.is_file():  # a pipe would be waited for
+                    raise ParquetError(f"{show_name(relative)} is no regular file; remove it")
+                files.append(ParquetFile(path, show_name(relative), split_of(relative)))
     order = {"train": 0, "val": 1, "test": 2}
     return sorted(files, key=lambda f: (order.get(f.split, 3), f.split, os.fsencode(f.name)))
 
@@ -106,7 +114,7 @@ def split_of(path: str | PurePath) -> str:
     path = PurePosixPath(path)
     stem = re.sub(r"-\d{5}-of-\d{5}.*$", "", path.stem)
     for name in (stem, path.parent.name):
-        match = re.match(r"(train|validation|valid|val|dev|test)(?![a-z])\w*", name.lower())
+        match = re.match(r"(train|validation|valid|val|dev|test)(?![a-z])[a-z0-9_]*", name.lower())
         if match:
             return {"validation": "val", "valid": "val"}.get(match[0], match[0])
     return "train"

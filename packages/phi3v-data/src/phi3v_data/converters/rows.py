@@ -11,6 +11,7 @@ A row that gives no sample costs no other: whatever reads or converts one raises
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,34 @@ def text_field(row: Row, key: str) -> str:
     if token:
         raise RowError("special_token", f"{key!r} holds {token[0]!r}, a special token of the model")
     return value
+
+
+_BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def name_problem(name: str) -> str:
+    """What forbids a file's name in a sample or a message, to follow it there; empty if nothing.
+
+    Any script is fine, and so are dashes, quotes and spaces. What would break a line, steer a
+    terminal, or is no text (a name that is not UTF-8) is not.
+    """
+    found = _BREAKING.search(name)
+    if found is None:
+        return ""
+    is_text = not "\ud800" <= found[0] <= "\udfff"
+    return "holds control characters or line breaks" if is_text else "is not UTF-8"
+
+
+def show_name(name: str) -> str:
+    r"""A file's name for messages: what `name_problem` forbids is written as `\n` or `\udce9`.
+
+    Two names stay two: a backslash is written twice.
+    """
+    return re.sub(
+        rf"\\|{_BREAKING.pattern}",
+        lambda found: found[0].encode("unicode_escape").decode(),
+        name,
+    )
 
 
 def canonical_id(value: object) -> str | None:

@@ -8,13 +8,18 @@ here, not a crash in training. A name that promises another format stays as it i
 called `.png` are JPEGs, and readers go by content. A picture that rows repeat, once a question, is
 kept once, whatever rows, groups and processes it comes from; one that is no file is named by its
 content.
+
+What an annotation names is looked for inside the source. Links in the source are followed, wherever
+they lead: whoever owns the folder put them there, and in copies from a hub every file is one.
 """
 
+import contextlib
+import errno
 import hashlib
 import io
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -22,10 +27,14 @@ from typing import Literal
 import xxhash
 
 from phi3v_data.atomic import TEMPORARY_MARK
-from phi3v_data.converters.rows import RowError
+from phi3v_data.converters.rows import RowError, name_problem
+from phi3v_data.image_check import path_problem
 from phi3v_data.images import ImageError, decode_image, probe_image
 
 Policy = Literal["copy", "link", "reencode"]
+
+MAX_IMAGE_BYTES = 1 << 29
+"""A larger file is no picture of a data set, and must not fill memory."""
 
 _EXTENSIONS = {
     "JPEG": ".jpg",
@@ -65,12 +74,14 @@ class ImageStore:
             writer: the key of the item that writes it; several may write the same.
 
         Raises:
-            RowError: the picture is empty or does not decode (`bad_image`).
+            RowError: the picture is empty, cannot be read or does not decode (`bad_image`), or no
+                file of that name can be written (`bad_name`).
             ValueError: `link` across file systems.
         """
-        content = self._take(path.read_bytes(), path.name)
+        content = self._take(_read(path), path.name)
         if self.policy == "link":
-            _link_once(path, out_dir / "images" / name)
+            with _name_trouble(name):
+                _link_once(path, out_dir / "images" / name)
             return name
         if self.policy == "reencode":
             name = str(PurePosixPath(name).with_suffix(".jpg"))
@@ -98,6 +109,39 @@ class ImageStore:
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=self.quality)
         return buffer.getvalue()
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise RowError("bad_image", f"{path.name} has more than {MAX_IMAGE_BYTES:,} bytes")
+    try:
+        return path.read_bytes()
+    except PermissionError:
+        raise RowError("bad_image", f"no permission to read {path.name}") from None
+
+
+_NAME_ERRNOS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+"""The name's trouble, not the disk's: too long, or a folder where another picture is a file."""
+
+
+@contextlib.contextmanager
+def _name_trouble(name: str) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NAME_ERRNOS:
+            raise
+        detail = f"no picture {name[:120]} can be written: {error.strerror}"
+        raise RowError("bad_name", detail) from None
+
+
+def reference_problem(path: str) -> str:
+    """What forbids a path by which an annotation names a picture, to follow it; empty if nothing.
+
+    Before looking at any disk: it leaves the folder, holds what no name should, or names no file.
+    """
+    problem = path_problem(path) or name_problem(path)
+    return problem or ("" if PurePosixPath(path).parts else "names no file")
 
 
 def find_image(candidates: Sequence[Path], name: str) -> Path:
@@ -141,6 +185,7 @@ def write_image_once(out_dir: Path, name: str, content: bytes, writer: str) -> N
 
     Raises:
         ValueError: `name` is absolute or leaves the image folder.
+        RowError: the file system takes no file of that name (`bad_name`).
     """
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
@@ -155,9 +200,10 @@ def write_image_once(out_dir: Path, name: str, content: bytes, writer: str) -> N
     if target.is_file() and target.stat().st_size == len(content):
         temporary.unlink(missing_ok=True)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_bytes(content)
-    os.replace(temporary, target)
+    with _name_trouble(name):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
 
 
 def _link_once(path: Path, target: Path) -> None:
@@ -167,6 +213,8 @@ def _link_once(path: Path, target: Path) -> None:
     except FileExistsError:
         return  # by an earlier row or run: the same picture
     except OSError as error:
+        if error.errno in _NAME_ERRNOS:
+            raise
         raise ValueError(
             f"images=link needs source and output on one file system that has hard links: "
             f"{error.strerror}; use images=copy"

@@ -60,6 +60,8 @@ from phi3v_data.converters.clip_folders import (
     find_root,
     list_clips,
 )
+from phi3v_data.converters.rows import Row, RowError, show_name, text_field
+from phi3v_data.converters.source_images import reference_problem
 from phi3v_data.schema import Sample
 
 LAYOUT = "{train,val,test}/<Class>/*.avi"
@@ -67,6 +69,9 @@ LAYOUT = "{train,val,test}/<Class>/*.avi"
 CLIPS = "UCF-101"
 LISTS = "ucfTrainTestlist"
 """The two folders of the whole archive."""
+
+MAX_STEM_BYTES = 240
+"""A file's name has 255 on every usual file system, and a picture's adds its number and ending."""
 
 _LINE = re.compile(r"(?P<label>[^/\\]+)/(?P<file>[^/\\]+?)(\s+\d+)?")
 _GROUP = re.compile(r"_(g\d+)_c\d+$", re.IGNORECASE)
@@ -192,7 +197,8 @@ class Ucf101(FrameOptions):
         refused += _name_missing(missing, labels)
         for index, (key, rejected) in enumerate(refused, len(placed)):
             path = str(clips_root / key)
-            yield Item(index, f"{rejected.reason}/{key}", path, payload=rejected)
+            name = show_name(f"{rejected.reason}/{key}")
+            yield Item(index, name, path, payload=rejected)
 
 
 def _has_splits(folder: Path) -> bool:
@@ -248,15 +254,31 @@ def _draw_groups(groups: set[_Group], fraction: float, seed: int) -> set[_Group]
 
 def _make_items(placed: Sequence[_Placed], folders: Mapping[str, Path]) -> Iterator[Item]:
     """Number the clips; `folders` says where the classes of a split lie."""
-    prompt = fill_prompt(PROMPT, {clip.label for clip in placed})
+    problems = {clip: problem for clip in placed if (problem := _name_problem(clip))}
+    # A class that no sample can name must not be in the question of all others.
+    prompt = fill_prompt(PROMPT, {clip.label for clip in placed if clip not in problems})
     for index, clip in enumerate(placed):
         yield Item(
             index,
-            key=f"{clip.split}/{clip.label}/{clip.file_name}",
+            key=show_name(f"{clip.split}/{clip.label}/{clip.file_name}"),
             path=str(folders[clip.split] / clip.label / clip.file_name),
             split=clip.split,
-            payload=Clip(clip.label, clip.stem, prompt),
+            payload=problems.get(clip) or Clip(clip.label, clip.stem, prompt),
         )
+
+
+def _name_problem(clip: _Placed) -> Rejected | None:
+    """Why a clip gives no sample, by its name and its class's."""
+    problem = reference_problem(f"{clip.split}/{clip.label}/{clip.file_name}")
+    if not problem and len(os.fsencode(clip.stem)) > MAX_STEM_BYTES:
+        problem = "is too long for the names of its pictures"
+    if problem:
+        return Rejected("bad_name", f"its path {problem}")
+    try:
+        text_field(Row("", {"class": clip.label}), "class")
+    except RowError as error:
+        return Rejected("bad_name", f"its class is no answer: {error.detail}")
+    return None
 
 
 def _name_missing(
