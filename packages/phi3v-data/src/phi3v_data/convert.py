@@ -44,14 +44,15 @@ from phi3v_data.conversion_progress import conversion_progress
 from phi3v_data.converters import Converter, Item
 from phi3v_data.converters.function_converter import AnyConverter, as_converter
 from phi3v_data.dataset_card import CARD, CardFacts, render_card
-from phi3v_data.item_task import CONVERTER_ERROR, ItemTask, Outcome
+from phi3v_data.item_task import CONVERTER_ERROR, WORKER_DIED, ItemTask, Outcome
 from phi3v_data.journal import Journal, is_barren
 from phi3v_data.local_engine import run_local
-from phi3v_data.outputs import IMAGES, HashedFile, Output, open_output
+from phi3v_data.outputs import IMAGES, JOURNAL, HashedFile, Output, open_output
 from phi3v_data.source_copy import SourceCopy, fingerprint, is_archive
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
+FETCHED = "fetched-"
 FORMAT = "phi3v-data conversion 2"
 
 Engine = Literal["local", "ray"]
@@ -187,24 +188,32 @@ def convert(
     if is_copied and not overwrite:  # a finished one need not be brought here to be known
         finished = _read_finished(output, identity, is_listed=False)
         if finished is not None:
+            if output.work.exists() or output.is_begun():  # killed after its last file
+                with _work_folder(output) as work:
+                    _remove_journal(output, work)
             return finished
     items = [] if is_copied else list_items(converter, Path(source), splits)
 
     with _work_folder(output) as work:
-        copy = SourceCopy(os.fspath(source), str(work.absolute() / "source")) if is_copied else None
-        if copy is not None:
+        output.restore(work / JOURNAL)
+        copy = None
+        if is_copied:
+            kind = FETCHED if is_address(source) else "unpacked-"
+            folder = work.absolute() / f"{kind}{identity['source'][:16]}"
+            copy = SourceCopy(os.fspath(source), str(folder))
             with conversion_progress(progress, f"fetch {Path(source).name}", "files") as show:
                 root = copy.ensure(lambda done, total: show(done, total, 0))
             items = list_items(converter, root, splits)
         identity["listing"] = _hash_listing(items)
         identity["num_items"] = len(items)
-        if overwrite or is_barren(work / "journal.jsonl"):
+        if overwrite or is_barren(work / JOURNAL):
             _remove_output(output, work)
         finished = _read_finished(output, identity, is_listed=True)
         if finished is not None:
+            _remove_journal(output, work)
             return finished
         with Journal(
-            work / "journal.jsonl",
+            work / JOURNAL,
             identity,
             output,
             lambda then: _check_same_run(then, identity, output),
@@ -216,8 +225,7 @@ def convert(
                 result = _write_output(converter, used, journal, output, identity)
             except KeyboardInterrupt:
                 raise Interrupted(len(journal.offsets), len(items)) from None
-            journal.path.unlink()  # the manifest stands: the work folder may go
-            output.finish()
+            journal.remove()  # the manifest stands: the work folder may go
         return dataclasses.replace(result, num_reused=num_reused)
 
 
@@ -257,18 +265,19 @@ def _num_workers(num_workers: int | None, engine: Engine, output: Output) -> int
     if engine not in ("local", "ray"):
         raise ValueError(f"engine: expected local or ray, got {engine!r}")
     if num_workers is None:
-        if not output.takes_processes and engine == "local":
-            return 0
+        if not output.takes_processes:
+            num_workers = 0
+    if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
         return cores or os.cpu_count() or 1
     if num_workers < 0:
         raise ValueError(f"num_workers: expected at least 0, got {num_workers}")
-    if num_workers == 0 and engine == "ray":
-        raise ValueError("num_workers: expected at least 1 with Ray, got 0")
-    if num_workers and not output.takes_processes:
+    if not output.takes_processes and (num_workers or engine == "ray"):
         raise ValueError(
             f"{output} is seen by this process only; choose another address, or num_workers=0"
         )
+    if num_workers == 0 and engine == "ray":
+        raise ValueError("num_workers: expected at least 1 with Ray, got 0")
     return num_workers
 
 
@@ -408,7 +417,10 @@ def _faults(outcome: Outcome, key: str) -> list[Fault]:
 
 @contextlib.contextmanager
 def _work_folder(output: Output) -> Generator[Path, None, None]:
-    """Hold the work folder for this run alone; it stays as long as a journal is in it."""
+    """Hold the work folder for this run alone; it stays as long as a journal is in it.
+
+    So does what was fetched from an address, where the run was interrupted.
+    """
     import fcntl
 
     work = output.work
@@ -419,10 +431,14 @@ def _work_folder(output: Output) -> Generator[Path, None, None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another conversion is writing to {output}; wait for it") from None
+        is_fetched = False
         try:
             yield work
+        except (KeyboardInterrupt, OSError):
+            is_fetched = any(path.is_dir() for path in work.glob(f"{FETCHED}*"))
+            raise
         finally:
-            if not (work / "journal.jsonl").exists():
+            if not is_fetched and not (work / JOURNAL).exists():
                 shutil.rmtree(work)
                 if is_new and not any(work.parent.iterdir()):
                     work.parent.rmdir()
@@ -436,7 +452,7 @@ def _absolute(output: Output) -> Output:
 
 def _check_not_foreign(output: Output, name: str) -> None:
     """Refuse a folder whose images or samples are not ours: they would be mixed, or lost."""
-    if output.size(MANIFEST) is not None or (output.work / "journal.jsonl").exists():
+    if output.is_begun() or output.size(MANIFEST) is not None:
         return
     for found in output.names():
         if found == IMAGES or (found.startswith(f"{name}_") and found.endswith(".jsonl")):
@@ -449,7 +465,11 @@ def _remove_output(output: Output, work: Path) -> None:
     manifest = _read_manifest(output)
     for name in [*manifest.get("files", {}), REJECTED, CARD, MANIFEST]:
         output.remove(Path(name).name)
-    (work / "journal.jsonl").unlink(missing_ok=True)
+    _remove_journal(output, work)
+
+
+def _remove_journal(output: Output, work: Path) -> None:
+    (work / JOURNAL).unlink(missing_ok=True)
     output.finish()
 
 
@@ -525,6 +545,7 @@ def _write_output(
     facts = CardFacts(converter, identity, splits)
     faults: dict[str, Fault] = {}
     kept_images: set[str] = set()
+    may_have_surplus = limit is not None or journal.num_rejected > 0
     with contextlib.ExitStack() as stack:
         files = {
             name: HashedFile(stack.enter_context(output.open(name))) for name in names.values()
@@ -536,7 +557,7 @@ def _write_output(
             for line in outcome.samples:
                 files[names[item.split]].write(line.encode() + b"\n")
                 images = facts.add_sample(item.split, line)
-                if limit is not None:
+                if may_have_surplus:
                     kept_images.update(images)
             for rejection in outcome.rejections:
                 if REJECTED not in files:
@@ -556,7 +577,8 @@ def _write_output(
         facts.add_sources(items)
         files[CARD] = HashedFile(stack.enter_context(output.open(CARD)))
         files[CARD].write(render_card(facts).encode())
-    if limit is not None:  # of what workers did beyond it, nothing stays
+    # Of what workers did beyond the limit, and of items that were broken off, nothing stays.
+    if limit is not None or facts.rejected.keys() & {CONVERTER_ERROR, WORKER_DIED}:
         for image in [name for name in output.image_names() if name not in kept_images]:
             output.remove_image(image)
     manifest = {

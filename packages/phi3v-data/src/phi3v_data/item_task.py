@@ -20,6 +20,9 @@ from phi3v_data.trouble import is_machine_trouble
 CONVERTER_ERROR = "converter_error"
 """The reason of an item whose converter raised."""
 
+WORKER_DIED = "worker_died"
+"""The reason of an item whose process did not survive it."""
+
 
 @dataclass(frozen=True)
 class Rejection:
@@ -106,7 +109,7 @@ class ItemTask:
 def died(item: Item) -> Outcome:
     """The outcome of an item that took its process along."""
     detail = "the process that converted it died (a crash of the decoder, or memory)"
-    return Outcome(item.index, (), (Rejection("worker_died", detail),))
+    return Outcome(item.index, (), (Rejection(WORKER_DIED, detail),))
 
 
 def _rejection(error: Exception) -> Rejection:

@@ -23,6 +23,7 @@ from phi3v_data.atomic import open_atomic
 
 IMAGES = "images"
 WORK = ".convert"
+JOURNAL = "journal.jsonl"
 
 
 class Output(Protocol):
@@ -78,12 +79,24 @@ class Output(Protocol):
         """Where a file is: a `Path`, or an address."""
         ...
 
-    def restore(self, journal: Path) -> None:
-        """Bring back what `back_up` put away, where the journal is not on this machine."""
+    def is_begun(self) -> bool:
+        """Whether the journal of a run that is not done is there.
+
+        Raises:
+            ValueError: nothing can be written there.
+        """
         ...
 
-    def back_up(self, journal: Path) -> None:
-        """Put away what was appended to the journal, where `work` is not beside the output."""
+    def restore(self, journal: Path) -> None:
+        """Bring back what `back_up` put away, unless the journal here goes on from it."""
+        ...
+
+    def backed_up(self) -> int | None:
+        """Bytes of the journal that were put away; None where `work` is beside the output."""
+        ...
+
+    def back_up(self, start: int, lines: bytes) -> None:
+        """Put away what stands in the journal from byte `start` on."""
         ...
 
     def finish(self) -> None:
@@ -166,10 +179,17 @@ class LocalOutput:
         """Where a file is."""
         return self.folder / name
 
+    def is_begun(self) -> bool:
+        """Whether the journal of a run that is not done is there."""
+        return (self.work / JOURNAL).exists()
+
     def restore(self, journal: Path) -> None:
         """Nothing to do: the journal is beside the output."""
 
-    def back_up(self, journal: Path) -> None:
+    def backed_up(self) -> None:
+        """The journal is beside the output."""
+
+    def back_up(self, start: int, lines: bytes) -> None:
         """Nothing to do: the journal is beside the output."""
 
     def finish(self) -> None:

@@ -7,8 +7,12 @@ _ERRNOS = frozenset(
 )
 
 
+class StoreError(OSError):
+    """The store at an address did not do what was asked. The message says where and why."""
+
+
 def is_machine_trouble(error: BaseException) -> bool:
-    """Whether a run should stop for it: a full disk, no memory, no file handles."""
+    """Whether a run should stop for it: a full disk, no memory, no file handles, no connection."""
     if isinstance(error, OSError):
-        return error.errno in _ERRNOS
+        return isinstance(error, StoreError) or error.errno in _ERRNOS
     return isinstance(error, MemoryError)
