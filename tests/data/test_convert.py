@@ -15,7 +15,7 @@ from pathlib import Path
 
 import phi3v_data
 import pytest
-from phi3v_data.convert import ConversionResult, convert
+from phi3v_data.convert import ConversionResult, ConverterError, convert
 from phi3v_data.converters import Converter, Item, Rejected, write_image
 from phi3v_data.converters.ucf101 import Ucf101
 from phi3v_data.jsonl import read_samples
@@ -160,6 +160,78 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_finished(tmp_path: Path) ->
     (source / "002.txt").write_text("free")
     result = convert(Words(), source, tmp_path / "out", num_workers=0)
     assert (result.counts, result.num_reused) == ({"train": 3}, 2)
+
+
+def test_a_converter_that_raises_is_shown_with_its_traceback(tmp_path: Path) -> None:
+    source = write_words(tmp_path / "src", "a", "raise", "b", "raise")
+    result = convert(Words(), source, tmp_path / "out", num_workers=1)
+    assert result.counts == {"train": 2}
+    (fault,) = result.faults  # one place, however often
+    assert fault.item == "001.txt"
+    assert fault.traceback[-1].startswith("test_convert.py:")
+    assert fault.traceback[-1].endswith('in convert: raise KeyError("no such label")')
+    rows = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert [row["traceback"] for row in rows] == [list(fault.traceback)] * 2
+    assert str(tmp_path) not in (tmp_path / "out/rejected.jsonl").read_text()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_converter_that_raises_stops_the_run_where_that_is_asked_for(
+    tmp_path: Path, num_workers: int
+) -> None:
+    source = write_words(tmp_path / "src", "a", "raise", "b")
+    with pytest.raises(ConverterError, match=r"001.txt: KeyError(.|\n)*in convert: raise KeyError"):
+        convert(Words(), source, tmp_path / "out", num_workers=num_workers, on_error="stop")
+    assert not (tmp_path / "out/manifest.json").exists()
+    (source / "001.txt").write_text("right")  # repaired: what was finished is kept
+    result = convert(Words(), source, tmp_path / "out", num_workers=0, on_error="stop")
+    assert result.counts == {"train": 3}
+    assert result.num_reused >= 1
+
+
+# --- a part of it
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_limit_counts_samples_and_leaves_nothing_beyond_it(
+    tmp_path: Path, num_workers: int
+) -> None:
+    texts = ["reject", "two", "a", "two", "reject", *"bcdefghij"]
+    source = write_words(tmp_path / "src", *texts)
+    result = convert(Words(), source, tmp_path / "out", num_workers=num_workers, limit=4)
+    assert ids(result) == ["001.txt-0", "001.txt-1", "002.txt-0", "003.txt-0"]
+    assert (result.counts, result.rejected, result.num_items) == ({"train": 4}, {"unwanted": 1}, 4)
+    images = sorted(path.name for path in (tmp_path / "out/images").iterdir())
+    assert images == ["001.txt.jpg", "002.txt.jpg", "003.txt.jpg"]
+
+
+def test_a_limit_gives_the_same_bytes_however_it_was_reached(tmp_path: Path) -> None:
+    source = write_words(tmp_path / "src", "two", "full", "two", *"abcdefgh")
+    with pytest.raises(OSError, match="No space"):
+        convert(Words(), source, tmp_path / "resumed", num_workers=0, limit=5)
+    (source / "001.txt").write_text("free")
+    for workers, name in ((0, "none"), (3, "three"), (1, "resumed")):
+        result = convert(Words(), source, tmp_path / name, num_workers=workers, limit=5)
+        assert result.counts == {"train": 5}
+    assert digest(tmp_path / "none") == digest(tmp_path / "three") == digest(tmp_path / "resumed")
+
+
+def test_a_limit_beyond_what_there_is_takes_all(tmp_path: Path) -> None:
+    source = write_words(tmp_path / "src", "a", "reject", "two")
+    result = convert(Words(), source, tmp_path / "out", num_workers=0, limit=100)
+    assert (result.counts, result.rejected) == ({"train": 3}, {"unwanted": 1})
+
+
+def test_splits_are_converted_by_name(tmp_path: Path) -> None:
+    source = write_words(tmp_path / "src", "a", "b")
+    (source / "val.txt").write_text("v")
+    result = convert(Words(), source, tmp_path / "out", num_workers=0, splits=["val"])
+    assert result.counts == {"val": 1}
+    assert not (tmp_path / "out/words_train.jsonl").exists()
+    with pytest.raises(ValueError, match=r"no split named 'dev' in .*: it has train, val"):
+        convert(Words(), source, tmp_path / "other", num_workers=0, splits=["dev"])
+    with pytest.raises(ValueError, match=r"splits was \['val'\], now \['train'\]"):
+        convert(Words(), source, tmp_path / "out", num_workers=0, splits=["train"])
 
 
 # --- what is refused, with nothing written

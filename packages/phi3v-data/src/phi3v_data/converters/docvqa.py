@@ -41,11 +41,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import xxhash
 
-from phi3v_data.converters import Item, Rejected
+from phi3v_data.converters import About, Item, Rejected
 from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
 from phi3v_data.converters.json_records import (
     RecordGroup,
@@ -117,6 +117,13 @@ class PageRows:
 @dataclass(frozen=True)
 class DocVqa:
     """The challenge's JSON, the hub's Parquet exports, or the Cauldron's."""
+
+    about: ClassVar[About] = About(
+        "DocVQA",
+        "https://rrc.cvc.uab.es/?ch=17",
+        "The challenge's terms, for research; the pages are from the UCSF Industry Documents "
+        "Library.",
+    )
 
     prompt: str = PROMPT
     """The text of a turn; `{question}` is where the question goes. Rows in the Cauldron's form have

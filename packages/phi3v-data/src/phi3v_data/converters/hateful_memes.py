@@ -30,8 +30,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
-from phi3v_data.converters import Item, Rejected
+from phi3v_data.converters import About, Item, Rejected
 from phi3v_data.converters.annotation_files import find_annotations, roots_above
 from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
 from phi3v_data.converters.json_records import (
@@ -75,6 +76,12 @@ class Memes:
 @dataclass(frozen=True)
 class HatefulMemes:
     """The official JSON lines, or the Cauldron's Parquet."""
+
+    about: ClassVar[About] = About(
+        "Hateful Memes",
+        "https://ai.meta.com/tools/hatefulmemes/",
+        "Meta's Hateful Memes Dataset License: research use; the set may not be passed on.",
+    )
 
     include_text: bool = False
     """Put the meme's text before the question, where the annotations have it."""

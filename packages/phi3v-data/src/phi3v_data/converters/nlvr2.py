@@ -32,8 +32,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from phi3v_data.converters import Item, Rejected
+from phi3v_data.converters import About, Item, Rejected
 from phi3v_data.converters.annotation_files import find_annotations, roots_above
 from phi3v_data.converters.cauldron import convert_cauldron_rows, list_cauldron_items
 from phi3v_data.converters.json_records import (
@@ -71,6 +72,13 @@ class Pairs:
 @dataclass(frozen=True)
 class Nlvr2:
     """The official JSON lines, or the Cauldron's Parquet."""
+
+    about: ClassVar[About] = About(
+        "NLVR2",
+        "https://lil.nlp.cornell.edu/nlvr/",
+        "CC BY 4.0 for sentences and labels; the photographs belong to their owners and are for "
+        "research only.",
+    )
 
     prompt: str = PROMPT
     """The question asked of every pair; `{sentence}` is where the statement goes. Rows of Parquet

@@ -45,9 +45,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from phi3v_data.converters import Item, Rejected
+from phi3v_data.converters import About, Item, Rejected
 from phi3v_data.converters.clip_folders import (
     EXTENSIONS,
     PROMPT,
@@ -80,6 +80,12 @@ _GROUP = re.compile(r"_(g\d+)_c\d+$", re.IGNORECASE)
 @dataclass(frozen=True)
 class Ucf101(FrameOptions):
     """The 10-class subset, or any tree of that shape, or the whole archive with its lists."""
+
+    about: ClassVar[About] = About(
+        "UCF-101",
+        "https://www.crcv.ucf.edu/data/UCF101.php",
+        "None is stated; the clips are from YouTube and are used for research.",
+    )
 
     fold: int | None = None
     """Which of the three official pairs of lists to go by: 1, 2 or 3; the first if not given. Only
