@@ -17,7 +17,7 @@ the rows of the split, over all files; a rejected row leaves a gap.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from phi3v_data.converters import Item, Rejected
 from phi3v_data.converters.parquet_rows import (
@@ -83,17 +83,28 @@ def convert_cauldron_rows(
 
 
 def _turns(fields: dict[str, Any]) -> list[Turn]:
-    texts: list[dict[str, Any] | None] = fields["texts"] or []
-    rows = [Row("", text or {}) for text in texts]
-    if not rows:
+    texts = _list_of(fields, "texts")
+    if not texts:
         raise RowError("no_text", "the row has no question, or one that is not UTF-8")
+    rows: list[Row] = []
+    for text in texts:
+        if not isinstance(text, dict | None):
+            raise RowError("bad_row", f"expected user and assistant in 'texts', got {text!r:.80}")
+        rows.append(Row("", cast("dict[str, Any]", text or {})))
     return [Turn(user=text_field(r, "user"), assistant=text_field(r, "assistant")) for r in rows]
+
+
+def _list_of(fields: dict[str, Any], key: str) -> list[object]:
+    value: object = fields[key]
+    if not isinstance(value, list | None):
+        raise RowError("bad_row", f"expected a list under {key!r}, got {value!r:.80}")
+    return cast("list[object]", value or [])
 
 
 def _put_images(
     fields: dict[str, Any], num_images: int, out_dir: Path, item: Item, store: ImageStore
 ) -> tuple[str, ...]:
-    cells: list[object] = fields["images"] or []
+    cells = _list_of(fields, "images")
     if len(cells) != num_images:
         raise RowError("bad_row", f"expected {num_images} images, got {len(cells)}")
     try:

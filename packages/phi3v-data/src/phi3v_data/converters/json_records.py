@@ -209,7 +209,7 @@ def list_record_groups(
         first = os.pread(file.fileno(), 1, start.offset)
         if not first:
             return
-        is_array = first == b"["
+        is_array = first == b"[" and not _is_stray_list(file, start.offset)
         groups = _Grouping(file, path, name, is_array, id_of)
         if is_array:
             cutter = ArrayCutter(start.offset + 1, start.line)
@@ -483,6 +483,14 @@ def _check_is_lines(file: BinaryIO, path: Path, start: int, name: str) -> None:
             f"{name} is one object over many lines; expected one object a line, or one array of "
             "objects. An array inside it is taken out by `jq -c '.KEY[]'`"
         )
+
+
+def _is_stray_list(file: BinaryIO, start: int) -> bool:
+    """Whether the array at `start` is one bad line before lines that are objects."""
+    file.seek(start)
+    first = file.readline(CHUNK_BYTES).rstrip(_SPACE)
+    is_stray = first.endswith(b"]") and b"{" not in first
+    return is_stray and _is_object(file.readline(MAX_RECORD_BYTES).strip(_SPACE))
 
 
 def _is_object(line: bytes) -> bool:

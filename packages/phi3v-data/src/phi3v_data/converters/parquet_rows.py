@@ -21,9 +21,10 @@ of a row group into one dictionary page: with the usual 100 rows a group, of 1 M
 grew by 230 MB; 600 such rows in one group took 1.2 GB.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, cast
@@ -128,7 +129,7 @@ def list_row_groups(files: Iterable[ParquetFile]) -> Iterator[RowGroup]:
     """
     rows_of_split: dict[str, int] = {}
     for file in files:
-        with _open(file.path, file.name) as opened:
+        with _open(file.path, file.name) as opened, _named(file.name):
             numbers = [opened.metadata.row_group(k).num_rows for k in range(opened.num_row_groups)]
         for number, num_rows in enumerate(numbers):
             first_row = rows_of_split.get(file.split, 0)
@@ -145,7 +146,7 @@ def column_names(file: ParquetFile) -> tuple[str, ...]:
     Raises:
         ParquetError: the file has no readable footer.
     """
-    with _open(file.path, file.name) as opened:
+    with _open(file.path, file.name) as opened, _named(file.name):
         return tuple(opened.schema_arrow.names)
 
 
@@ -176,12 +177,11 @@ def read_rows(
             ):
                 yield from _to_rows(batch)
                 done += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the machine's trouble; Arrow's own findings have no number
-        problem = " ".join(str(error).split())
         raise ParquetError(
-            f"{group.key}: rows {done} to {group.num_rows - 1} cannot be read: {problem}"
+            f"{group.key}: rows {done} to {group.num_rows - 1} cannot be read: {_problem(error)}"
         ) from error
     if done != group.num_rows:
         raise ParquetError(f"{group.key}: {done} rows, where its footer says {group.num_rows}")
@@ -218,10 +218,26 @@ def image_bytes(value: object) -> bytes:
 
 
 def _open(path: Path, name: str) -> pq.ParquetFile:
-    try:
+    with _named(name):
         return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
-    except pa.ArrowException as error:
-        problem = " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Generator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the machine's trouble; Arrow's own findings have no number
         raise ParquetError(
-            f"{name} is damaged or no Parquet file: {problem}; fetch it again"
+            f"{name} is damaged or no Parquet file: {_problem(error)}; fetch it again"
         ) from error
+
+
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises on a damaged file."""
+
+
+def _problem(error: Exception) -> str:
+    """Arrow's words on one line: they quote the file's bytes."""
+    return show_name(" ".join(str(error).split()))[:300]

@@ -96,7 +96,7 @@ def parse_row(line: bytes) -> dict[str, Any]:
         detail = f"byte 0x{line[error.start]:02x} at {error.start} is not UTF-8"
         raise RowError("bad_utf8", detail) from None
     try:
-        value: object = json.loads(text, object_pairs_hook=_object)
+        value: object = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RowError:
         raise
     except (ValueError, RecursionError) as error:
@@ -197,6 +197,10 @@ class SeenIds:
         if len(fresh):
             self._levels.append(fresh)
         return sum(1 << positions[k] for k in np.flatnonzero(~is_new).tolist())
+
+
+def _refuse_constant(name: str) -> None:
+    raise RowError("bad_json", f"not a JSON object: {name} is no number in JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

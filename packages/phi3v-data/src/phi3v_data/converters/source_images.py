@@ -30,6 +30,7 @@ from phi3v_data.atomic import TEMPORARY_MARK
 from phi3v_data.converters.rows import RowError, name_problem
 from phi3v_data.image_check import path_problem
 from phi3v_data.images import ImageError, decode_image, probe_image
+from phi3v_data.trouble import is_machine_trouble
 
 Policy = Literal["copy", "link", "reencode"]
 
@@ -116,8 +117,11 @@ def _read(path: Path) -> bytes:
         raise RowError("bad_image", f"{path.name} has more than {MAX_IMAGE_BYTES:,} bytes")
     try:
         return path.read_bytes()
-    except PermissionError:
-        raise RowError("bad_image", f"no permission to read {path.name}") from None
+    except OSError as error:  # no permission, a bad sector
+        if is_machine_trouble(error):
+            raise
+        detail = f"{path.name} cannot be read: {error.strerror}"
+        raise RowError("bad_image", detail) from None
 
 
 _NAME_ERRNOS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
@@ -197,10 +201,10 @@ def write_image_once(out_dir: Path, name: str, content: bytes, writer: str) -> N
     temporary = target.with_name(f".{digest}{TEMPORARY_MARK}")
     # A name stands for one content, and a file appears whole: its size only tells what a power cut
     # emptied.
-    if target.is_file() and target.stat().st_size == len(content):
-        temporary.unlink(missing_ok=True)
-        return
     with _name_trouble(name):
+        if target.is_file() and target.stat().st_size == len(content):
+            temporary.unlink(missing_ok=True)
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         os.replace(temporary, target)
