@@ -22,7 +22,7 @@ from phi3v_data.converters.nlvr2 import Nlvr2
 from phi3v_data.converters.ucf101 import Ucf101
 from phi3v_data.schema import Sample
 
-from tests.data.annotations import assert_valid, rejections, touch, write_image
+from tests.data.annotations import assert_valid, rejections, write_image
 from tests.data.clips import truncate, write_clip
 from tests.data.peak_memory import run_measured
 
@@ -491,15 +491,21 @@ def test_damage_anywhere_in_a_parquet_file_is_named_and_no_crash(tmp_path: Path,
         for place in range(start, min(start + 16, len(whole))):
             damaged[place] ^= 0xFF
         path.write_bytes(damaged)
-        try:
-            result = phi3v_data.convert(
-                converter, tmp_path / "src", tmp_path / f"out{k}", num_workers=0
-            )
-        except ValueError as error:
-            assert "train.parquet" in str(error)
-            assert str(error).isprintable()
-        else:
-            assert_sound(result)
+        assert_sound_or_refused(converter, tmp_path / "src", tmp_path / f"out{k}")
+
+
+def assert_sound_or_refused(converter: Converter, source: Path, out: Path) -> int:
+    """Either the file is refused by its name, or what comes out is sound: how many samples."""
+    try:
+        result = phi3v_data.convert(converter, source, out, num_workers=0)
+    except ValueError as error:
+        message = str(error)
+    else:
+        assert_sound(result)
+        return result.counts["train"]
+    assert "train.parquet" in message
+    assert message.isprintable()
+    return 0
 
 
 @every_parquet
@@ -563,12 +569,175 @@ def test_columns_of_another_type_are_named_and_no_crash(
         row = {name: value if name == column else None for name in schema.names}
         path = tmp_path / f"{k}/src/train.parquet"
         write_table(path, [row, row], pa.schema(list(types.items())))
-        try:
-            result = phi3v_data.convert(
-                converter, tmp_path / f"{k}/src", tmp_path / f"{k}/out", num_workers=0
-            )
-        except ValueError as error:
-            assert "train.parquet" in str(error)
+        assert not assert_sound_or_refused(converter, path.parent, tmp_path / f"{k}/out")
+
+
+# --- videos
+
+CLIPS = pytest.mark.parametrize("converter", [Ucf101(num_frames=4), ClipFolders(num_frames=4)],
+                                ids=lambda converter: converter.name)  # fmt: skip
+
+
+def claim_frames(path: Path, count: int) -> Path:
+    """Rewrite how many frames an AVI file says it has, in both of its headers."""
+    content = bytearray(path.read_bytes())
+    for chunk, offset in ((b"avih", 16), (b"strh", 32)):
+        start = content.index(chunk) + 8 + offset
+        content[start : start + 4] = count.to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
+@CLIPS
+def test_files_that_are_no_whole_video_are_named_and_cost_no_other(
+    tmp_path: Path, converter: Converter
+) -> None:
+    folder = tmp_path / "src/train/Wave"
+    clip = write_clip(folder / "good.avi")
+    (folder / "empty.avi").touch()
+    (folder / "text.avi").write_text("not a video\n" * 100)
+    (folder / "playlist.avi").write_text("ffconcat version 1.0\nfile good.avi\n")
+    (folder / "zeros.avi").write_bytes(bytes(100_000))
+    (folder / "riff.avi").write_bytes(b"RIFF\xff\xff\xff\xffAVI LIST" + b"\xff" * 1000)
+    for k, fraction in enumerate((0.01, 0.3, 0.9)):
+        truncate(Path(shutil.copyfile(clip, folder / f"cut{k}.avi")), fraction)
+    result = phi3v_data.convert(converter, tmp_path / "src", tmp_path / "out", num_workers=0)
+    assert result.counts == {"train": 1}
+    assert set(result.rejected) <= {"unreadable", "truncated", "no_frames"}
+    assert sum(result.rejected.values()) == 8
+    assert_sound(result)
+
+
+@pytest.mark.parametrize("count", [0, 1, 10_000_000, 2**31 - 1, 2**32 - 1])
+@CLIPS
+def test_a_header_that_lies_about_its_frames_changes_nothing(
+    tmp_path: Path, converter: Converter, count: int
+) -> None:
+    """Ten million frames are more than 50 hours."""
+    for name in ("said", "true"):
+        write_clip(tmp_path / name / "train/Wave/a.avi", 12)
+    claim_frames(tmp_path / "said/train/Wave/a.avi", count)
+    said, true = (
+        phi3v_data.convert(converter, tmp_path / name, tmp_path / f"{name}-out", num_workers=0)
+        for name in ("said", "true")
+    )
+    assert said.counts == true.counts == {"train": 1}
+    assert_sound(said)
+    for image in samples_of(true)[0].images:
+        pictures = [(r.out_dir / "images" / image).read_bytes() for r in (said, true)]
+        assert pictures[0] == pictures[1]
+
+
+READ_CLIP = """
+    import sys
+    from pathlib import Path
+    from phi3v_data.converters.ucf101 import Ucf101
+    converter = Ucf101()
+    (item,) = converter.discover(Path(sys.argv[1]))
+    (sample,) = converter.convert(item, Path(sys.argv[1]) / "out")
+    print(len(sample.images), peak_mb())
+"""
+
+
+@pytest.mark.parametrize("num_seconds", [60, pytest.param(1200, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_length_of_a_clip(tmp_path: Path, num_seconds: int) -> None:
+    """Its header says fifty hours."""
+    import cv2
+
+    path = tmp_path / "long/train/Wave/a.avi"
+    path.parent.mkdir(parents=True)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 25, (320, 240))
+    frame = np.zeros((240, 320, 3), dtype=np.uint8)
+    for _ in range(25 * num_seconds):
+        writer.write(frame)
+    writer.release()
+    claim_frames(path, 50 * 3600 * 25)
+    write_clip(tmp_path / "short/train/Wave/a.avi")
+    peaks: list[float] = []
+    for name in ("short", "long"):
+        num_images, peak = run_measured(READ_CLIP, tmp_path / name).split()
+        assert int(num_images) == 8
+        peaks.append(float(peak))
+    assert peaks[1] - peaks[0] < 40  # all frames of the shorter one take 330 MiB
+
+
+# --- many files
+
+LIST = """
+    import sys, time
+    from pathlib import Path
+    from phi3v_data.converters import get_converter
+    for name in sys.argv[2:]:
+        start = time.perf_counter()
+        items = get_converter(name).discover(Path(sys.argv[1], name))
+        print(sum(1 for _ in items), time.perf_counter() - start, peak_mb())
+"""
+
+EVERY = [*ANNOTATED, "ucf101", "video"]
+
+
+def measure_listing(root: Path, names: list[str], count: int) -> list[tuple[int, float, float]]:
+    """(items, seconds, peak in MiB) of sources that have a folder of `count` files."""
+    for name in names:
+        if name in ANNOTATED:
+            write_rows(root / name, name, [good(name, 1)])
         else:
-            assert result.counts == {"train": 0}
-            assert_sound(result)
+            (root / name / "train/Wave").mkdir(parents=True)
+        folder = root / name / ("images" if name in ANNOTATED else "train/Wave")
+        ending = ".png" if name in ANNOTATED else ".avi"
+        for k in range(count):
+            os.mknod(folder / f"file{k:06}{ending}")
+    lines = [line.split() for line in run_measured(LIST, root, *names).splitlines()]
+    return [(int(items), float(seconds), float(peak)) for items, seconds, peak in lines]
+
+
+def test_a_folder_of_many_files_is_listed_at_once(tmp_path: Path) -> None:
+    found = measure_listing(tmp_path, EVERY, 3000)
+    assert [num_items for num_items, _, _ in found] == [1, 1, 1, 1, 3000, 3000]
+    assert sum(seconds for _, seconds, _ in found) < 20
+    assert max(peak for _, _, peak in found) < 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_a_folder_of_100_000_files_is_listed_in_seconds_and_little_memory(
+    tmp_path: Path, name: str
+) -> None:
+    ((num_items, seconds, peak),) = measure_listing(tmp_path, [name], 100_000)
+    assert num_items == (1 if name in ANNOTATED else 100_000)
+    assert seconds < 30
+    assert peak < 250
+
+
+# --- a gigabyte of annotations; hateful_memes and docvqa have theirs beside their other tests
+
+READ_ANNOTATIONS = """
+    import sys
+    from pathlib import Path
+    from phi3v_data.converters import get_converter
+    converter, source = get_converter(sys.argv[1]), Path(sys.argv[2])
+    items = list(converter.discover(source))
+    found = [r for item in (items[0], items[-1]) for r in converter.convert(item, source / "out")]
+    print(len(items), len(found), peak_mb())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["lines", "array"])
+@pytest.mark.parametrize("name", ["nlvr2", "jsonl"])
+def test_a_gigabyte_of_annotations_takes_less_than_300_mb(
+    tmp_path: Path, name: str, form: str
+) -> None:
+    row = ANNOTATED[name][2](10**8, "images/gone.png") | {"more": "word " * 400}
+    head, tail = json.dumps(row).split(str(10**8))[:2]
+    opening, between, closing = ("", "\n", "\n") if form == "lines" else ("[", ",\n", "]\n")
+    with open(tmp_path / ANNOTATED[name][1], "w") as file:
+        file.write(opening)
+        for k in range(500_000):
+            file.write(f"{between if k else ''}{head}{10**8 + k}{tail}")
+        file.write(closing)
+    assert (tmp_path / ANNOTATED[name][1]).stat().st_size > 1_000_000_000
+    num_items, num_found, peak = run_measured(READ_ANNOTATIONS, name, tmp_path).split()
+    assert int(num_items) > 1000
+    assert int(num_found) > 200
+    assert float(peak) < 300
