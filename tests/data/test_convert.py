@@ -380,7 +380,7 @@ SLOW = """
         name = "slow"
         def __init__(self, seconds=0.02): self.seconds = seconds
         def discover(self, source):
-            for index in range(60):
+            for index in range(int(os.environ["ITEMS"])):
                 yield Item(index, f"{index:02}", str(source))
         def convert(self, item, out_dir):
             with open(Path(item.path) / "log", "a") as log:
@@ -394,7 +394,7 @@ SLOW = """
 """
 
 
-def start_slow(folder: Path, out: str, run: int) -> "subprocess.Popen[str]":
+def start_slow(folder: Path, out: str, run: int, num_items: int = 60) -> "subprocess.Popen[str]":
     (folder / "slow_converter.py").write_text(textwrap.dedent(SLOW))
     (folder / "src").mkdir(exist_ok=True)
     code = "from phi3v_data.cli import main; main()"
@@ -402,7 +402,7 @@ def start_slow(folder: Path, out: str, run: int) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [*command, "--out_dir", out, "--workers", "2"],
         cwd=folder,
-        env=os.environ | {"RUN": str(run)},
+        env=os.environ | {"RUN": str(run), "ITEMS": str(num_items)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -436,35 +436,40 @@ def group_is_gone(process: "subprocess.Popen[str]", seconds: float = 10) -> bool
     return False
 
 
-def assert_finished_once_and_whole(folder: Path, stops: list[list[str]]) -> None:
+def assert_finished_once_and_whole(
+    folder: Path, stops: list[list[str]], num_items: int = 60
+) -> None:
     """`stops[n]` is what the journal held after run n: no later run may convert those again."""
     log = [line.split() for line in (folder / "src/log").read_text().splitlines()]
-    assert {key for _, key in log} == {f"{index:02}" for index in range(60)}
+    assert {key for _, key in log} == {f"{index:02}" for index in range(num_items)}
     for run, finished in enumerate(stops):
         assert not [key for later, key in log if int(later) > run and key in finished]
-    process = start_slow(folder, "clean", run=99)
+    process = start_slow(folder, "clean", run=99, num_items=num_items)
     assert process.wait(60) == 0, process.communicate()
     assert digest(folder / "out") == digest(folder / "clean")
 
 
-def test_kill_9_at_random_moments_loses_nothing_finished(tmp_path: Path) -> None:
-    rng = random.Random(0)
+@pytest.mark.parametrize("num_kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_loses_nothing_finished(tmp_path: Path, num_kills: int) -> None:
+    rng, num_items = random.Random(num_kills), num_kills * 15
     stops: list[list[str]] = []
-    for _ in range(3):
-        process = start_slow(tmp_path, "out", run=len(stops))
-        wait_until_journaled(tmp_path, len(stops[-1] if stops else []) + rng.randint(1, 12))
+    for _ in range(num_kills):
+        process = start_slow(tmp_path, "out", len(stops), num_items)
+        # Some while the processes start, some after a few more items.
+        wait_until_journaled(tmp_path, len(stops[-1] if stops else []) + rng.randint(0, 6))
+        time.sleep(rng.random() * 0.1)
         process.kill()  # the main process only: its workers must go by themselves
         process.wait()
         assert group_is_gone(process), "worker processes outlive their parent"
         stops.append(journaled(tmp_path))
         assert not list((tmp_path / "out").glob("*.jsonl"))
         assert not (tmp_path / "out/manifest.json").exists()
-    assert len(stops[0]) < len(stops[-1]) < 60
-    process = start_slow(tmp_path, "out", run=len(stops))
+    assert num_kills < len(stops[-1]) < num_items
+    process = start_slow(tmp_path, "out", len(stops), num_items)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
     assert f"{len(stops[-1])} items were finished by an earlier run" in stdout
-    assert_finished_once_and_whole(tmp_path, stops)
+    assert_finished_once_and_whole(tmp_path, stops, num_items)
 
 
 def test_ctrl_c_says_how_to_continue_and_loses_nothing_finished(tmp_path: Path) -> None:
