@@ -9,9 +9,14 @@
 **Frames are those of a full sequential decode, always.** Nothing seeks: re-encoded UCF-101 clips
 have one key frame and timestamps that run backwards, and seeking there returns other frames.
 Unwanted frames are decoded but not converted to pixels, by one decoder thread (several cost 1.5 to
-2 times the CPU for clips of this size; processes scale better). Nothing is left undecoded either:
-OpenCV hands out no packets, and without them neither the count of frames nor where a group of
-pictures begins is certain.
+2 times the CPU for clips of this size; processes scale better).
+
+**Packets are left out where that cannot matter.** OpenCV hands out none, so MPEG-4 in AVI, which is
+what UCF-101 is, is first cut down to those that the wanted frames need (`avi.py` says when that is
+proven), and the cut is decoded from start to end. Where the decoder finds damage in it, or other
+frames than planned, all of the file is decoded after all; so it is where FFmpeg's complaints cannot
+be heard (`ffmpeg_log.py`). Of all other files every packet is decoded: without them neither the
+count of frames nor where a group of pictures begins is certain.
 
 **The number of frames is the number that decode.** A header is a guess: HMDB51 clips claim one
 frame more than they hold, WebM states none. The first pass picks frames by the header's count and
@@ -22,13 +27,15 @@ their picture data is; a file that ends before it is `truncated`, however many o
 A file that lost only its index is whole. Other containers declare nothing: what decodes, counts.
 
 **Orientation** flags of phones are applied. A frame whose data is damaged in the middle of a file
-looks as FFmpeg conceals it.
+looks as FFmpeg conceals it (which can differ from one run to the next).
 
 The one module that imports OpenCV.
 """
 
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +43,9 @@ from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from phi3v_data.avi import Movie, read_movie
+from phi3v_data.ffmpeg_log import find_watch
 
 # Read by OpenCV at import and at every open. Decoder chatter would tear the progress bar, and a
 # file is judged by what decodes. A text file named .avi must not make FFmpeg open what it names
@@ -222,6 +232,11 @@ def _read(
         number = min(count, num_frames) if short == "fewer" else num_frames
         return frame_indices(count, number, sampling, seed)
 
+    movie = read_movie(path)
+    if movie is not None and not (short == "reject" and movie.num_frames < num_frames):
+        kept = _decode_cut(movie, wanted(movie.num_frames), keep)
+        if kept is not None:
+            return [kept[index] for index in wanted(movie.num_frames)]
     claimed, count, kept = _decode(path, wanted, keep, None)
     if count == 0:
         raise VideoError("no_frames", f"no frame decodes (the header claims {claimed})")
@@ -234,6 +249,30 @@ def _read(
     return [kept[index] for index in wanted(count)]
 
 
+def _decode_cut(
+    movie: Movie, wanted: Sequence[int], keep: Callable[[Frame], T]
+) -> dict[int, T] | None:
+    """What is kept of the wanted by index.
+
+    None where a decoder meets damage, which it conceals by what it saw before, or finds other
+    frames than planned.
+    """
+    watch = find_watch(Path(cv2.__file__))
+    if watch is None:
+        return None
+    cut = movie.cut(wanted)
+    kept: dict[int, T] = {}
+    with _open(io.BytesIO(cut.content)) as capture:
+        num_complaints = watch.count_complaints()
+        for index in cut.indices:
+            if not capture.grab():
+                return None
+            if index in wanted:
+                kept[index] = keep(_retrieve(capture, index))
+        is_as_planned = not capture.grab() and watch.count_complaints() == num_complaints
+    return kept if is_as_planned else None
+
+
 def _decode(
     path: Path,
     wanted: Callable[[int], tuple[int, ...]],
@@ -244,14 +283,7 @@ def _decode(
 
     `count` says how many frames there are; None takes the header's word.
     """
-    name = os.fsencode(path).decode(errors="replace")
-    capture = cv2.VideoCapture()
-    try:
-        opened = capture.open(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-        if not opened:
-            what = "the file is empty" if path.stat().st_size == 0 else "not a video FFmpeg knows"
-            raise VideoError("unreadable", what)
-        capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
+    with _open(path) as capture:
         claimed = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         assumed = claimed if count is None else count
         indices = frozenset(wanted(assumed)) if assumed > 0 else frozenset[int]()
@@ -259,16 +291,38 @@ def _decode(
         index = 0
         while capture.grab():
             if index in indices:
-                done, frame = capture.retrieve()
-                if not done:
-                    raise VideoError("unreadable", f"frame {index} has no pixels")
-                kept[index] = keep(np.asarray(frame, dtype=np.uint8))
+                kept[index] = keep(_retrieve(capture, index))
             index += 1
+    return claimed, index, kept
+
+
+@contextmanager
+def _open(source: Path | io.BytesIO) -> Generator[cv2.VideoCapture]:
+    """One decoder thread; what OpenCV raises becomes a VideoError."""
+    # `source` must outlive the capture, which reads it but does not hold it.
+    capture = cv2.VideoCapture()
+    is_path = isinstance(source, Path)
+    name = os.fsencode(source).decode(errors="replace") if is_path else source
+    try:
+        # The stubs know C++'s reader only; Python's may be any object that reads and seeks.
+        opened = bool(capture.open(name, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]))  # pyright: ignore[reportCallIssue, reportArgumentType, reportUnknownArgumentType]
+        if not opened:
+            is_empty = is_path and source.stat().st_size == 0
+            what = "the file is empty" if is_empty else "not a video FFmpeg knows"
+            raise VideoError("unreadable", what)
+        capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
+        yield capture
     except cv2.error as error:
         raise VideoError("unreadable", str(error).strip().splitlines()[-1]) from None
     finally:
         capture.release()
-    return claimed, index, kept
+
+
+def _retrieve(capture: cv2.VideoCapture, index: int) -> Frame:
+    done, frame = capture.retrieve()
+    if not done:
+        raise VideoError("unreadable", f"frame {index} has no pixels")
+    return np.asarray(frame, dtype=np.uint8)
 
 
 def _end_of_avi(file: BinaryIO, size: int) -> int:
