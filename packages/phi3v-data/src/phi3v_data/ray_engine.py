@@ -91,7 +91,7 @@ def _import_ray() -> Any:
 
 
 def _start(ray: Any, num_workers: int, address: str | None) -> None:
-    quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "warning"}
+    quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "error"}
     if address is None and "RAY_ADDRESS" not in os.environ:
         ray.init(num_cpus=num_workers, **quiet)
         return
