@@ -215,7 +215,11 @@ class RemoteOutput:
         """All files below a folder, by their names in it; none where it does not exist."""
         with self._open_store(folder) as (file_system, root):
             found: dict[str, dict[str, Any]] = file_system.find(root, detail=True)
-        return {path.removeprefix(f"{root}/"): facts for path, facts in found.items()}
+        return {
+            path.removeprefix(f"{root}/"): facts
+            for path, facts in found.items()
+            if facts["type"] != "directory"  # one that came to be meanwhile, as s3fs has it
+        }
 
     def _put(self, file: Path, name: str) -> None:
         try:
