@@ -1,8 +1,10 @@
 """Sources and outputs at addresses, against a real S3-compatible server on this machine."""
 
+import contextlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -11,7 +13,6 @@ import tarfile
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +23,16 @@ from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 from phi3v_data.cli import main
 from phi3v_data.convert import Interrupted, convert
-from phi3v_data.converters import Converter, Item, Rejected, write_image
+from phi3v_data.converters import Converter, write_image
 from phi3v_data.converters.ucf101 import Ucf101
 from phi3v_data.remote_output import RemoteOutput
-from phi3v_data.schema import Sample, Turn
 from phi3v_data.source_copy import SourceCopy, fingerprint
 from phi3v_data.trouble import StoreError
 
 from tests.data.clips import write_tree
+from tests.data.notes import Notes, write_notes
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Notes:
-    """Text files; what one says happens. Each conversion is logged."""
-
-    name = "notes"
-
-    def discover(self, source: Path) -> Iterator[Item]:
-        for index, path in enumerate(sorted(source.rglob("*.txt"))):
-            yield Item(index, key=path.relative_to(source).as_posix(), path=str(path))
-
-    def convert(self, item: Item, out_dir: Path) -> Iterator[Sample | Rejected]:
-        text = Path(item.path).read_text()
-        images = [write_image(out_dir, f"{item.key}.{k}.jpg", text.encode() * 9) for k in range(2)]
-        time.sleep(float(os.environ.get("SECONDS", "0")))
-        if text == "raise":
-            raise KeyError("no such label")
-        if text == "interrupt":
-            marker = Path(f"{os.environ['MARKER']}-{item.index}")  # each interrupts once
-            if not marker.exists():
-                marker.touch()
-                raise KeyboardInterrupt
-        with open(os.environ["LOG"], "a") as log:
-            log.write(item.key + "\n")
-        turn = Turn(images=tuple(images), user="What?", assistant=text)
-        yield Sample(id=item.key, source="notes", conversations=(turn,))
 
 
 @pytest.fixture(autouse=True)
@@ -146,14 +120,6 @@ def local_run(converter: Converter, source: Path, out: Path, **options: Any) -> 
     return contents(out)
 
 
-def write_notes(folder: Path, *texts: str) -> Path:
-    for number, text in enumerate(texts):
-        path = folder / f"{number % 3}/{number:03}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder
-
-
 def logged() -> list[str]:
     log = Path(os.environ["LOG"])
     keys = log.read_text().splitlines() if log.exists() else []
@@ -230,6 +196,18 @@ def test_a_limit_leaves_no_image_beyond_it(tmp_path: Path, bucket: str) -> None:
     assert contents(f"{bucket}/out") == local_run(Notes(), source, tmp_path / "out", limit=4)
 
 
+@pytest.mark.slow
+def test_ray_from_a_store_to_a_store_gives_the_bytes_of_a_local_run(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    source = write_notes(tmp_path / "src", *"abcd", "raise", *"efgh")
+    expected = local_run(Notes(), source, tmp_path / "out")
+    address = upload(source, f"{bucket}/raw")
+    convert(Notes(), address, f"{bucket}/out", engine="ray", num_workers=2)
+    assert without_source(contents(f"{bucket}/out"), address) == without_source(expected)
+
+
 # --- an archive, one file
 
 
@@ -285,7 +263,7 @@ def clean_run_of_interrupted(source: Path, tmp_path: Path) -> dict[str, bytes]:
 SCRIPT = """
 import sys
 from phi3v_data import convert, journal
-from tests.data.test_addresses import Notes
+from tests.data.notes import Notes
 journal.BACK_UP_SECONDS = 0.1
 if __name__ == "__main__":
     convert(Notes(), sys.argv[1], sys.argv[2], num_workers=int(sys.argv[3]))
@@ -300,7 +278,13 @@ def finished_in(address: str) -> set[str]:
     return {json.loads(sample)["id"] for line in lines for sample in line["samples"]}
 
 
-@pytest.mark.parametrize("is_lost", [False, True], ids=["same machine", "another machine"])
+@pytest.mark.parametrize(
+    "is_lost",
+    [
+        pytest.param(False, marks=pytest.mark.slow, id="same machine"),
+        pytest.param(True, id="another machine"),
+    ],
+)
 def test_kill_9_loses_nothing_that_was_put_away(tmp_path: Path, bucket: str, is_lost: bool) -> None:
     source = write_notes(tmp_path / "src", *[f"note {number}" for number in range(16)])
     expected = local_run(Notes(), source, tmp_path / "clean")
@@ -597,6 +581,22 @@ def test_wrong_credentials_are_named(tmp_path: Path, server: str, bucket: str) -
         refuse_after("inf")
 
 
+# --- whole or not at all
+
+
+def test_what_is_broken_off_puts_nothing(bucket: str) -> None:
+    output = RemoteOutput(f"{bucket}/out")
+    for block in (output.images(), output.open("a.jsonl")):
+        with contextlib.suppress(KeyError), block as opened:
+            if isinstance(opened, Path):
+                write_image(opened, "a.jpg", b"x")
+            else:
+                opened.write(b"x")
+            raise KeyError
+    assert contents(bucket) == {}
+    assert list(output.work.iterdir()) == []
+
+
 # --- what it costs
 
 
@@ -610,3 +610,4 @@ def test_images_of_a_journal_are_listed_not_asked_for_one_by_one(
     output = RemoteOutput(f"{flaky}/out")
     assert [output.image_size(f"{number}.jpg") for number in range(31)] == [*range(30), None]
     assert asked == []
+    assert len(pickle.dumps(output)) == len(pickle.dumps(RemoteOutput(output.address)))
