@@ -62,10 +62,6 @@ class SourceCopy:
         single = folder / _single(self.origin)
         return single if is_address(self.origin) and single.exists() else folder
 
-    def is_under_way(self) -> bool:
-        """Whether some of it is here, not all."""
-        return self._partial.exists() or self._fetched.exists()
-
     @property
     def _partial(self) -> Path:
         return Path(self.folder + ".partial")
