@@ -89,6 +89,8 @@ def test_json_has_everything():
             "column": None,
             "pointer": "/conversations/0/assistant",
             "sample_id": "2",
+            "labels": [],
+            "num_findings": 1,
         }
     ]
 

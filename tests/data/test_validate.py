@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from phi3v_data import Sample, Turn, decode_image, image_check, write_samples
-from phi3v_data.validate import MAX_PER_RULE, Diagnostic, check, validate
+from phi3v_data.diagnostics import Diagnostic
+from phi3v_data.validate import MAX_PER_RULE, check, validate
 from PIL import Image
 
 

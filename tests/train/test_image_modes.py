@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from phi3v_data import validate, write_samples
 from phi3v_data.image_check import ImageCheck
 from phi3v_data.images import ORIENTATION_TAG, ImageInfo, probe_image
-from phi3v_data.rules import Context, extreme_aspect_ratio
+from phi3v_data.rules import Context
+from phi3v_data.rules.images import extreme_aspect_ratio
 from phi3v_train.chat import ChatEncoder
 from phi3v_train.collator import EncodedSample, SampleEncoder
 from phi3v_train.hd_transform import CROP, hd_layout

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from phi3v_data.converters import Item as Item
     from phi3v_data.converters import Rejected as Rejected
     from phi3v_data.converters import get_converter as get_converter
+    from phi3v_data.diagnostics import Diagnostic as Diagnostic
+    from phi3v_data.diagnostics import Report as Report
     from phi3v_data.images import decode_image as decode_image
     from phi3v_data.images import probe_image as probe_image
     from phi3v_data.jsonl import JsonlError as JsonlError
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from phi3v_data.shards import open_shards as open_shards
     from phi3v_data.shards import verify_shards as verify_shards
     from phi3v_data.shards import write_shards as write_shards
-    from phi3v_data.validate import Diagnostic as Diagnostic
-    from phi3v_data.validate import Report as Report
     from phi3v_data.validate import validate as validate
 
 _HOME = {
@@ -61,8 +61,8 @@ _HOME = {
     "open_shards": "shards",
     "verify_shards": "shards",
     "write_shards": "shards",
-    "Diagnostic": "validate",
-    "Report": "validate",
+    "Diagnostic": "diagnostics",
+    "Report": "diagnostics",
     "validate": "validate",
 }
 

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from phi3v_data.diagnostics import Diagnostic, Report
 from phi3v_data.rules import RULES
-from phi3v_data.validate import Diagnostic, Progress, Report
+from phi3v_data.validate import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from phi3v_data.atomic import TEMPORARY_MARK, sync
+from phi3v_data.diagnostics import Report
 from phi3v_data.jsonl import default_image_root
 from phi3v_data.rules import RULES
 from phi3v_data.schema import Sample
@@ -52,7 +53,7 @@ from phi3v_data.shard_format import (
     shard_name,
 )
 from phi3v_data.shard_index import ImagePlace, IndexReader, IndexWriter
-from phi3v_data.validate import AnyPath, Checked, Progress, Report, ReportBuilder, check
+from phi3v_data.validate import AnyPath, Checked, Progress, ReportBuilder, check
 
 SHARD_BYTES = 128 * 1024 * 1024
 ROW_GROUP_BYTES = 32 * 1024 * 1024

@@ -12,14 +12,16 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from phi3v_data.diagnostics import Diagnostic, Report
 from phi3v_data.image_check import ImageCheck, check_image
 from phi3v_data.jsonl import byte_order_mark, default_image_root, read_lines
-from phi3v_data.rules import RULES, Context, Finding, Line, Rule, Severity, select_rules
+from phi3v_data.rules import RULES, Context, Finding, Line, select_rules
+from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample
 
 AnyPath = str | os.PathLike[str]
@@ -31,31 +33,6 @@ MAX_PER_RULE = 100
 
 WINDOW_LINES = 512
 """Lines whose images may be under way at once: enough for every worker, bounded in memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnostic:
-    """One thing wrong, as data: rendering is in `phi3v_data.report`."""
-
-    code: str
-    severity: Severity
-    message: str
-    help: str
-    """The way out; may be empty."""
-
-    file: str
-    """The JSONL file, as given."""
-
-    line: int | None
-    """From 1; None where the file as a whole is meant."""
-
-    column: int | None = None
-    """Character in the line, from 1, for parse errors."""
-
-    pointer: str = ""
-    """JSON pointer into the line, for all others."""
-
-    sample_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,48 +55,6 @@ class Checked:
     """Distinct images that no earlier line has."""
 
     diagnostics: tuple[Diagnostic, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """All that was found."""
-
-    files: tuple[str, ...]
-    num_lines: int
-    """Lines that are not blank."""
-
-    num_valid: int
-    """Samples without an error."""
-
-    num_images: int
-    """Distinct images looked at."""
-
-    counts: dict[str, int]
-    """Findings by code, all of them, in the order of `RULES`."""
-
-    diagnostics: tuple[Diagnostic, ...]
-    """In order of file and line; at most `MAX_PER_RULE` of each code."""
-
-    rules: tuple[str, ...] = field(default=())
-    """Codes of the rules that ran."""
-
-    @property
-    def num_errors(self) -> int:
-        """Findings of severity error."""
-        return sum(n for code, n in self.counts.items() if _SEVERITY[code] == "error")
-
-    @property
-    def num_warnings(self) -> int:
-        """Findings of severity warning."""
-        return sum(n for code, n in self.counts.items() if _SEVERITY[code] == "warning")
-
-    @property
-    def exit_status(self) -> int:
-        """0 without errors, else 1."""
-        return 1 if self.num_errors else 0
-
-
-_SEVERITY: dict[str, Severity] = {rule.code: rule.severity for rule in RULES}
 
 
 def validate(
@@ -410,4 +345,5 @@ class ReportBuilder:
             counts={rule.code: counts[rule.code] for rule in self._rules if counts[rule.code]},
             diagnostics=tuple(kept),
             rules=tuple(rule.code for rule in self._rules),
+            severities={rule.code: rule.severity for rule in self._rules},
         )

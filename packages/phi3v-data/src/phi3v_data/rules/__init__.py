@@ -1,0 +1,55 @@
+"""What can be wrong with a sample: one function a code, its docstring is its documentation.
+
+    phi3v-data rules          # the table below
+    phi3v-data rules I101     # one rule, explained
+
+The first letter groups the codes: `P` parsing a line, `S` the schema, `I` images, `T` text,
+`D` across samples. A rule gets a line or a sample with its `Context` and yields a `Finding` for
+each thing wrong. Adding one is a function and an entry in `RULES`.
+"""
+
+import difflib
+
+from phi3v_data.rules import ids, images, parse, schema, text
+from phi3v_data.rules.rule import Context as Context
+from phi3v_data.rules.rule import Finding as Finding
+from phi3v_data.rules.rule import Line as Line
+from phi3v_data.rules.rule import Rule
+from phi3v_data.rules.text import IMAGE_MARK as IMAGE_MARK
+from phi3v_data.rules.text import SPECIAL_TOKEN as SPECIAL_TOKEN
+
+RULES: tuple[Rule, ...] = (
+    Rule("P101", "error", "line", parse.not_json),
+    Rule("P102", "error", "line", parse.byte_order_mark),
+    Rule("P103", "error", "line", parse.not_utf8),
+    Rule("S101", "error", "line", schema.schema),
+    Rule("I101", "error", "sample", images.missing_image),
+    Rule("I102", "error", "sample", images.undecodable_image),
+    Rule("I103", "error", "sample", images.image_outside_root),
+    Rule("I104", "warning", "sample", images.wrong_extension),
+    Rule("I105", "error", "sample", images.extreme_aspect_ratio),
+    Rule("T101", "error", "sample", text.empty_answer),
+    Rule("T102", "error", "sample", text.special_token),
+    Rule("T103", "error", "sample", text.image_marks),
+    Rule("T104", "error", "sample", text.missing_answer),
+    Rule("D101", "error", "sample", ids.duplicate_id),
+)
+
+
+def select_rules(select: tuple[str, ...] = (), ignore: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+    """The rules whose code starts with one of `select` (all, if empty) and none of `ignore`.
+
+    Raises:
+        ValueError: a prefix that no code starts with.
+    """
+    codes = [rule.code for rule in RULES]
+    for prefix in (*select, *ignore):
+        if not prefix or not any(code.startswith(prefix) for code in codes):
+            near = difflib.get_close_matches(prefix.upper(), codes, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`phi3v-data rules` lists them"
+            raise ValueError(f"no rule's code starts with {prefix!r}; {hint}")
+    return tuple(
+        rule
+        for rule in RULES
+        if (not select or rule.code.startswith(select)) and not rule.code.startswith(ignore or "\0")
+    )
