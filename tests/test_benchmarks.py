@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,18 +11,31 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
+from tests.data.clips import write_clip
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
+CLOCKS = ("cpu", "wall")
 
-@pytest.fixture(scope="module")
-def encode() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_encode", BENCHMARKS / "encode.py")
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def encode() -> ModuleType:
+    return load("encode")
+
+
+@pytest.fixture(scope="module")
+def convert_video() -> ModuleType:
+    return load("convert_video")
 
 
 def test_encode_prints_ratios_and_writes_them_as_json(encode: ModuleType, tmp_path: Path) -> None:
@@ -69,3 +83,73 @@ def test_the_sides_take_turns_and_every_other_round_goes_backwards(encode: Modul
     seconds = encode.time_in_turns({n: lambda n=n: calls.append(n) for n in names}, rounds=2)
     assert calls[:: encode.REPEATS] == ["published", "exact", "exact", "published"]
     assert all(len(values) == 2 for clocks in seconds.values() for values in clocks.values())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("av") is None,
+    reason="the peers are not installed: uv sync --group bench",
+)
+def test_convert_video_prints_ratios_and_right_frames_and_writes_them_as_json(
+    tmp_path: Path,
+) -> None:
+    for number in range(2):
+        write_clip(tmp_path / "clips" / f"{number}.avi", 20, seed=number)
+    # A process of its own, as it is run: it starts itself again, and workers.
+    command = [sys.executable, str(BENCHMARKS / "convert_video.py"), "--rounds", "1"]
+    command += ["--copies", "1", "--clips", "clips", "--json", "out.json"]
+    command += ["--peer", "PyAV, timestamps", "--peer", "OpenCV, read all"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["clips"] == "2 clips"
+    assert {"av", "torchcodec", "opencv_avcodec", "num_cpus"} <= content.keys()
+    rows = {row["side"]: row for row in content["results"]}
+    assert set(rows) == {
+        "cookbook", "PyAV, all", "PyAV, timestamps", "OpenCV, read all", "ours", "ours, 2 workers",
+    }  # fmt: skip
+    lines = [re.split(r" {2,}", line) for line in result.stdout.splitlines()]
+    for side, row in rows.items():
+        assert [side, "16 of 16"] in [line[:2] for line in lines]
+        for ratios in row["ratios"].values():
+            texts = ["{median:.2f} ({min:.2f}-{max:.2f})".format(**ratios[c]) for c in CLOCKS]
+            assert [side, *texts] in [line[:3] for line in lines]
+    assert set(rows["ours"]["ratios"]) == {"PyAV, all", "cookbook"}
+    assert rows["ours"]["targets"] == {"cpu": 2.0}
+
+
+def test_clips_made_for_convert_video_give_all_sides_the_same_work(
+    convert_video: ModuleType, tmp_path: Path
+) -> None:
+    clips = convert_video.make_clips(tmp_path / "clips")
+    assert convert_video.list_clips(tmp_path / "clips") == clips
+    every = convert_video.decode_all(clips[0])
+    assert len({frame.tobytes() for frame in every}) == len(every) == 120
+    assert convert_video.count_right(convert_video.decode_ours, clips[0], every, True) == 8
+
+
+def test_a_frame_in_the_wrong_place_or_none_is_not_right(
+    convert_video: ModuleType, tmp_path: Path
+) -> None:
+    path = write_clip(tmp_path / "a.avi", 20)
+    every = convert_video.decode_all(path)
+
+    def decode_late(path: Path) -> list[object]:
+        return [every[min(index + 1, 19)] for index in (0, 2, 5, 7, 10, 12, 15, 19)]
+
+    def decode_nothing(path: Path) -> list[object]:
+        raise RuntimeError("cannot open it")
+
+    assert convert_video.count_right(decode_late, path, every, False) == 0
+    assert convert_video.count_right(decode_nothing, path, every, False) == 0
+    assert convert_video.count_right(convert_video.decode_opencv_all, path, every, False) == 8
+
+
+def test_pyavs_ffmpeg_is_linked_under_the_names_torchcodec_asks_for(
+    convert_video: ModuleType, tmp_path: Path
+) -> None:
+    pytest.importorskip("av", reason="the peers are not installed: uv sync --group bench")
+    if not convert_video.link_ffmpeg(tmp_path):
+        pytest.skip("FFmpeg is installed, or PyAV came without its own")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert any(re.fullmatch(r"libavcodec\.so\.\d+", name) for name in names)
+    assert all(path.exists() for path in tmp_path.iterdir())
