@@ -262,14 +262,17 @@ def _decode_cut(
         return None
     cut = movie.cut(wanted)
     kept: dict[int, T] = {}
-    with _open(io.BytesIO(cut.content)) as capture:
-        num_complaints = watch.count_complaints()
-        for index in cut.indices:
-            if not capture.grab():
-                return None
-            if index in wanted:
-                kept[index] = keep(_retrieve(capture, index))
-        is_as_planned = not capture.grab() and watch.count_complaints() == num_complaints
+    try:
+        with _open(io.BytesIO(cut.content)) as capture:
+            num_complaints = watch.count_complaints()
+            for index in cut.indices:
+                if not capture.grab():
+                    return None
+                if index in wanted:
+                    kept[index] = keep(_retrieve(capture, index))
+            is_as_planned = not capture.grab() and watch.count_complaints() == num_complaints
+    except VideoError:
+        return None  # the full decode is the one to say so
     return kept if is_as_planned else None
 
 
