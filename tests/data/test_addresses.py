@@ -22,12 +22,12 @@ import s3fs
 from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 from phi3v_data.cli import main
+from phi3v_data.conversion.remote_output import RemoteOutput
+from phi3v_data.conversion.source_copy import SourceCopy, fingerprint
+from phi3v_data.conversion.trouble import StoreError
 from phi3v_data.convert import Interrupted, convert
 from phi3v_data.converters import Converter, write_image
 from phi3v_data.converters.ucf101 import Ucf101
-from phi3v_data.remote_output import RemoteOutput
-from phi3v_data.source_copy import SourceCopy, fingerprint
-from phi3v_data.trouble import StoreError
 
 from tests.data.clips import write_tree
 from tests.data.notes import Notes, write_notes
@@ -262,7 +262,8 @@ def clean_run_of_interrupted(source: Path, tmp_path: Path) -> dict[str, bytes]:
 
 SCRIPT = """
 import sys
-from phi3v_data import convert, journal
+from phi3v_data import convert
+from phi3v_data.conversion import journal
 from tests.data.notes import Notes
 journal.BACK_UP_SECONDS = 0.1
 if __name__ == "__main__":

@@ -3,7 +3,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from phi3v_data.converter_options import ConverterOption, converter_options, field_docs, summary
+from phi3v_data.conversion.converter_options import (
+    ConverterOption,
+    converter_options,
+    field_docs,
+    summary,
+)
 from phi3v_data.converters import list_converters, load_converter
 
 

@@ -2,9 +2,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from phi3v_data.conversion.dry_run import PreviewImage, dry_run
 from phi3v_data.converters import Item, Rejected, write_image
 from phi3v_data.converters.ucf101 import Ucf101
-from phi3v_data.dry_run import PreviewImage, dry_run
 from phi3v_data.schema import Sample, Turn
 
 from tests.data.clips import write_tree

@@ -135,21 +135,24 @@ REFUSED = (
 )  # fmt: skip
 
 
+CLIPS = pytest.mark.parametrize("converter", [Ucf101(num_frames=4), ClipFolders(num_frames=4)],
+                                ids=lambda converter: converter.name)  # fmt: skip
+
+
 def put_clip(clip: Path, path: bytes) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     shutil.copyfile(clip, path)
 
 
+@CLIPS
 def test_any_readable_name_of_a_clip_is_taken_and_any_other_costs_that_clip_only(
-    tmp_path: Path,
+    tmp_path: Path, converter: Converter
 ) -> None:
     clip = write_clip(tmp_path / "clip.avi")
     folder = os.fsencode(tmp_path / "src/train/Wave")
     for name in (*TAKEN, *REFUSED, b"y" * 250):
         put_clip(clip, folder + b"/" + name + b".avi")
-    result = phi3v_data.convert(
-        Ucf101(num_frames=2), tmp_path / "src", tmp_path / "out", num_workers=0
-    )
+    result = phi3v_data.convert(converter, tmp_path / "src", tmp_path / "out", num_workers=0)
     assert (result.counts, result.rejected) == (
         {"train": len(TAKEN)},
         {"bad_name": len(REFUSED) + 1},
@@ -159,16 +162,15 @@ def test_any_readable_name_of_a_clip_is_taken_and_any_other_costs_that_clip_only
     assert {Path(i).name.rsplit(".", 2)[0] for s in samples_of(result) for i in s.images} == stems
 
 
+@CLIPS
 def test_a_class_that_no_sample_can_name_is_not_in_the_question_of_the_others(
-    tmp_path: Path,
+    tmp_path: Path, converter: Converter
 ) -> None:
     clip = write_clip(tmp_path / "clip.avi")
     tokens = (b"<|end|>", b"<|image_1|>", b"  ")
     for name in (*TAKEN, *REFUSED, *tokens):
         put_clip(clip, os.fsencode(tmp_path / "src/train") + b"/" + name + b"/a.avi")
-    result = phi3v_data.convert(
-        Ucf101(num_frames=2), tmp_path / "src", tmp_path / "out", num_workers=0
-    )
+    result = phi3v_data.convert(converter, tmp_path / "src", tmp_path / "out", num_workers=0)
     assert result.counts == {"train": len(TAKEN)}
     assert result.rejected == {"bad_name": len(REFUSED) + len(tokens)}
     assert_sound(result)
@@ -573,9 +575,6 @@ def test_columns_of_another_type_are_named_and_no_crash(
 
 
 # --- videos
-
-CLIPS = pytest.mark.parametrize("converter", [Ucf101(num_frames=4), ClipFolders(num_frames=4)],
-                                ids=lambda converter: converter.name)  # fmt: skip
 
 
 def claim_frames(path: Path, count: int) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from phi3v_data.trouble import StoreError, is_machine_trouble
+from phi3v_data.conversion.trouble import StoreError, is_machine_trouble
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 

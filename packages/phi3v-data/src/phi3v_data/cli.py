@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from phi3v_data.convert_command import convert_group
+from phi3v_data.conversion.command import convert_group
 from phi3v_data.input_error import InputError
 
 

@@ -40,15 +40,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phi3v_data.addresses import is_address
-from phi3v_data.conversion_progress import conversion_progress
+from phi3v_data.conversion.dataset_card import CARD, CardFacts, render_card
+from phi3v_data.conversion.item_task import CONVERTER_ERROR, WORKER_DIED, ItemTask, Outcome
+from phi3v_data.conversion.journal import Journal, is_barren
+from phi3v_data.conversion.local_engine import run_local
+from phi3v_data.conversion.outputs import IMAGES, JOURNAL, HashedFile, Output, open_output
+from phi3v_data.conversion.progress import conversion_progress
+from phi3v_data.conversion.source_copy import SourceCopy, fingerprint, is_archive
 from phi3v_data.converters import Converter, Item
 from phi3v_data.converters.function_converter import AnyConverter, as_converter
-from phi3v_data.dataset_card import CARD, CardFacts, render_card
-from phi3v_data.item_task import CONVERTER_ERROR, WORKER_DIED, ItemTask, Outcome
-from phi3v_data.journal import Journal, is_barren
-from phi3v_data.local_engine import run_local
-from phi3v_data.outputs import IMAGES, JOURNAL, HashedFile, Output, open_output
-from phi3v_data.source_copy import SourceCopy, fingerprint, is_archive
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
@@ -58,7 +58,7 @@ FORMAT = "phi3v-data conversion 2"
 Engine = Literal["local", "ray"]
 OnError = Literal["reject", "stop"]
 
-_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def _run(
     todo = [item for item in items if item.index not in journal.offsets]
     waiting = _while_needed(todo, quota)
     if engine == "ray":
-        from phi3v_data.ray_engine import run_ray
+        from phi3v_data.conversion.ray_engine import run_ray
 
         outcomes = run_ray(task, waiting, min(num_workers, len(todo)), ray_address)
     else:

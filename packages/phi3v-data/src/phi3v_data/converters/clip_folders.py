@@ -26,13 +26,14 @@ The converter of UCF-101 lists and converts clips with the functions below.
 
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phi3v_data.converters import Item, Rejected, write_image
+from phi3v_data.converters.rows import Row, RowError, show_name, text_field
+from phi3v_data.converters.source_images import reference_problem
 from phi3v_data.schema import Sample, Turn
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ PROMPT = "Classify the video into one of the following classes: {classes}."
 
 SPLITS = ("train", "val", "test")
 """Splits that come first, in this order."""
+
+MAX_STEM_BYTES = 240
+"""A file's name has 255 on every usual file system, and a picture's adds its number and ending."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -115,19 +119,25 @@ class ClipFolders(FrameOptions):
         clips = [
             (split, *clip) for split in _list_splits(root) for clip in list_clips(root / split)
         ]
-        prompt = fill_prompt(self.prompt, {label for _, label, _, _ in clips})
-        for index, (split, label, file_name, stem) in enumerate(clips):
+        problems = {clip: found for clip in clips if (found := name_rejection(*clip))}
+        # A class that no sample can name must not be in the question of all others.
+        prompt = fill_prompt(self.prompt, {clip[1] for clip in clips if clip not in problems})
+        for index, clip in enumerate(clips):
+            split, label, file_name, stem = clip
             yield Item(
                 index,
-                key=f"{split}/{label}/{file_name}",
+                key=show_name(f"{split}/{label}/{file_name}"),
                 path=str(root / split / label / file_name),
                 split=split,
-                payload=Clip(label, stem, prompt),
+                payload=problems.get(clip) or Clip(label, stem, prompt),
             )
 
     def convert(self, item: Item, out_dir: Path) -> Iterator[Sample | Rejected]:
         """Write a clip's frames and yield its one sample."""
-        yield convert_clip(item, out_dir, self, self.name)
+        if isinstance(item.payload, Rejected):
+            yield item.payload
+        else:
+            yield convert_clip(item, out_dir, self, self.name)
 
 
 def check_dataset_name(name: str) -> None:
@@ -180,8 +190,6 @@ def convert_clip(
     """Write the frames of the clip in `item.payload` and return its sample, or say why not."""
     clip = item.payload
     assert isinstance(clip, Clip)
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in item.key):
-        return Rejected("bad_name", "the path holds control characters or is not UTF-8")
     jpegs = read_clip(Path(item.path), options, item.key)
     if isinstance(jpegs, Rejected):
         return jpegs
@@ -191,6 +199,20 @@ def convert_clip(
     ]
     turn = Turn(images=tuple(images), user=clip.prompt, assistant=clip.label)
     return Sample(id=f"{item.split}-{item.index:010d}", source=source_name, conversations=(turn,))
+
+
+def name_rejection(split: str, label: str, file_name: str, stem: str) -> Rejected | None:
+    """Why a clip gives no sample, by its name and its class's; None where they are fine."""
+    problem = reference_problem(f"{split}/{label}/{file_name}")
+    if not problem and len(os.fsencode(stem)) > MAX_STEM_BYTES:
+        problem = "is too long for the names of its pictures"
+    if problem:
+        return Rejected("bad_name", f"its path {problem}")
+    try:
+        text_field(Row("", {"class": label}), "class")
+    except RowError as error:
+        return Rejected("bad_name", f"its class is no answer: {error.detail}")
+    return None
 
 
 def fill_prompt(prompt: str, classes: set[str]) -> str:

@@ -27,10 +27,10 @@ from typing import Literal
 import xxhash
 
 from phi3v_data.atomic import TEMPORARY_MARK
+from phi3v_data.conversion.trouble import is_machine_trouble
 from phi3v_data.converters.rows import RowError, name_problem
 from phi3v_data.image_check import path_problem
 from phi3v_data.images import ImageError, decode_image, probe_image
-from phi3v_data.trouble import is_machine_trouble
 
 Policy = Literal["copy", "link", "reencode"]
 

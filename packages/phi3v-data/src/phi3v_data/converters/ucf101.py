@@ -59,9 +59,9 @@ from phi3v_data.converters.clip_folders import (
     fill_prompt,
     find_root,
     list_clips,
+    name_rejection,
 )
-from phi3v_data.converters.rows import Row, RowError, show_name, text_field
-from phi3v_data.converters.source_images import reference_problem
+from phi3v_data.converters.rows import show_name
 from phi3v_data.schema import Sample
 
 LAYOUT = "{train,val,test}/<Class>/*.avi"
@@ -69,9 +69,6 @@ LAYOUT = "{train,val,test}/<Class>/*.avi"
 CLIPS = "UCF-101"
 LISTS = "ucfTrainTestlist"
 """The two folders of the whole archive."""
-
-MAX_STEM_BYTES = 240
-"""A file's name has 255 on every usual file system, and a picture's adds its number and ending."""
 
 _LINE = re.compile(r"(?P<label>[^/\\]+)/(?P<file>[^/\\]+?)(\s+\d+)?")
 _GROUP = re.compile(r"_(g\d+)_c\d+$", re.IGNORECASE)
@@ -260,7 +257,11 @@ def _draw_groups(groups: set[_Group], fraction: float, seed: int) -> set[_Group]
 
 def _make_items(placed: Sequence[_Placed], folders: Mapping[str, Path]) -> Iterator[Item]:
     """Number the clips; `folders` says where the classes of a split lie."""
-    problems = {clip: problem for clip in placed if (problem := _name_problem(clip))}
+    problems = {
+        clip: problem
+        for clip in placed
+        if (problem := name_rejection(clip.split, clip.label, clip.file_name, clip.stem))
+    }
     # A class that no sample can name must not be in the question of all others.
     prompt = fill_prompt(PROMPT, {clip.label for clip in placed if clip not in problems})
     for index, clip in enumerate(placed):
@@ -271,20 +272,6 @@ def _make_items(placed: Sequence[_Placed], folders: Mapping[str, Path]) -> Itera
             split=clip.split,
             payload=problems.get(clip) or Clip(clip.label, clip.stem, prompt),
         )
-
-
-def _name_problem(clip: _Placed) -> Rejected | None:
-    """Why a clip gives no sample, by its name and its class's."""
-    problem = reference_problem(f"{clip.split}/{clip.label}/{clip.file_name}")
-    if not problem and len(os.fsencode(clip.stem)) > MAX_STEM_BYTES:
-        problem = "is too long for the names of its pictures"
-    if problem:
-        return Rejected("bad_name", f"its path {problem}")
-    try:
-        text_field(Row("", {"class": clip.label}), "class")
-    except RowError as error:
-        return Rejected("bad_name", f"its class is no answer: {error.detail}")
-    return None
 
 
 def _name_missing(
