@@ -9,6 +9,7 @@ import click
 
 from phi3v_data.conversion.command import convert_group
 from phi3v_data.input_error import InputError
+from phi3v_data.stats_command import stats_command
 
 
 def _underscored(name: str) -> str:
@@ -30,6 +31,7 @@ def main() -> None:
 
 
 main.add_command(convert_group)
+main.add_command(stats_command)
 
 
 FILES = click.argument(
