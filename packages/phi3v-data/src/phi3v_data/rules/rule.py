@@ -76,6 +76,9 @@ class Rule:
 
     check: Callable[[Any, Context], Iterator[Finding]]
 
+    is_default: bool = True
+    """Whether it runs unless it is ignored; others run where they are selected."""
+
     @property
     def name(self) -> str:
         """For people: `missing-image`."""
