@@ -1,8 +1,12 @@
-"""P: a line becomes JSON."""
+"""P: a line becomes JSON.
 
-import re
+A line has at most one of these problems: the first. Repeated keys are named in JSON that is whole.
+"""
+
 from collections.abc import Iterator
+from functools import lru_cache
 
+from phi3v_data.json_line import JsonProblem, ParsedJson, has_repeated_keys, parse_json, shorten
 from phi3v_data.jsonl import byte_order_mark as find_byte_order_mark
 from phi3v_data.rules.rule import Context, Finding, Line
 
@@ -12,27 +16,22 @@ def not_json(line: Line, context: Context) -> Iterator[Finding]:
 
     A conversations file is JSON Lines: every line is one complete JSON object. A file that is one
     big JSON list, or pretty-printed over many lines, is not; `jq -c '.[]' list.json` turns a list
-    into lines. NaN and Infinity are not JSON.
+    into lines. JSON has no comments, no comma after the last item, no single quotes.
     """
-    if line.error is None or _byte_order_mark(line) or _first_bad_byte(line.content) is not None:
+    if line.error is None or _byte_order_mark(line):
         return
-    first = line.error.errors(include_url=False, include_input=False)[0]
-    if first["type"] == "json_invalid":
-        problem = str(first.get("ctx", {}).get("error", first["msg"]))
-        place = re.search(r" at line \d+ column (\d+)$", problem)
-        column = None
-        if place:
-            problem = problem[: place.start()]
-            # The parser counts bytes, people count characters.
-            column = len(line.content[: int(place[1])].decode("utf-8", "ignore")) or 1
-        problem = re.sub(r"^EOF while parsing", "the line ends inside", problem)
-        problem = problem.replace("expected ident", "no such value")  # nul, NaN, True
-        help = "one JSON object a line"
+    parsed = parse(line.content)
+    if isinstance(parsed, ParsedJson):
+        if not isinstance(parsed.value, dict):
+            yield Finding("not a JSON object", "each line is one object: {...}", column=1)
+        elif any(e["type"] == "json_invalid" for e in line.error.errors(include_url=False)):
+            first = line.error.errors(include_url=False, include_input=False)[0]
+            yield Finding(f"not JSON: {first['msg']}", "one JSON object a line", column=1)
+    elif parsed.kind in ("not_json", "cut_off"):
+        help = parsed.help or "one JSON object a line"
         if line.number == 1 and line.content.strip() in (b"[", b"{"):
             help = "the file looks pretty-printed: one JSON object a line, e.g. by `jq -c '.[]'`"
-        yield Finding(f"not JSON: {problem}", help, column=column)
-    elif first["type"] == "model_type" and not first["loc"]:
-        yield Finding("not a JSON object", "each line is one object: {...}", column=1)
+        yield Finding(f"not JSON: {parsed.message}", help, column=parsed.start + 1)
 
 
 def byte_order_mark(line: Line, context: Context) -> Iterator[Finding]:
@@ -57,24 +56,66 @@ def not_utf8(line: Line, context: Context) -> Iterator[Finding]:
     JSON is UTF-8. Bytes of another encoding (often Latin-1 or Windows-1252) would change meaning
     from reader to reader. `iconv -f WINDOWS-1252 -t UTF-8` converts.
     """
+    for problem in _problem(line, "not_utf8"):
+        yield Finding(
+            problem.message, "convert the file to UTF-8, e.g. by iconv", column=problem.start + 1
+        )
+
+
+def repeated_key(line: Line, context: Context) -> Iterator[Finding]:
+    """An object has the same key twice.
+
+    JSON readers differ in which of the two values they take, and most say nothing: what you see in
+    an editor is not what you train on. Leave one, or rename one.
+    """
+    if line.error is None and not has_repeated_keys(line.content):
+        return
+    parsed = parse(line.content)
+    if isinstance(parsed, ParsedJson):
+        for repeated in parsed.repeated_keys:
+            first, again = repeated.first[0] + 1, repeated.again[0] + 1
+            yield Finding(
+                f"key {shorten(repeated.key)!r} occurs twice: first at column {first}, "
+                f"again at {again}",
+                "readers differ in which value they take: leave one",
+                repeated.pointer,
+                again,
+            )
+
+
+def not_finite(line: Line, context: Context) -> Iterator[Finding]:
+    """A number is NaN or Infinity.
+
+    JSON has finite numbers only. Python's `json.dumps` writes `NaN` all the same, unless told
+    `allow_nan=False`; other readers then refuse the line. Leave the key out, or write `null`.
+    """
+    for problem in _problem(line, "not_finite"):
+        yield Finding(f"not JSON: {problem.message}", problem.help, column=problem.start + 1)
+
+
+def too_deep(line: Line, context: Context) -> Iterator[Finding]:
+    """Objects and lists are nested more than 100 levels deep.
+
+    A sample is four levels deep. Such a line is damaged or hostile: readers that call themselves
+    once a level crash on it.
+    """
+    for problem in _problem(line, "too_deep"):
+        yield Finding(f"not JSON: {problem.message}", problem.help, column=problem.start + 1)
+
+
+@lru_cache(maxsize=2)  # every rule of a line asks for the same one
+def parse(content: bytes) -> ParsedJson | JsonProblem:
+    """`parse_json`, once a line."""
+    return parse_json(content)
+
+
+def _problem(line: Line, kind: str) -> Iterator[JsonProblem]:
     if line.error is None or _byte_order_mark(line):
         return
-    position = _first_bad_byte(line.content)
-    if position is not None:
-        yield Finding(
-            f"not UTF-8: byte 0x{line.content[position]:02X}",
-            "convert the file to UTF-8, e.g. by iconv",
-            column=len(line.content[:position].decode()) + 1,
-        )
+    parsed = parse(line.content)
+    if isinstance(parsed, JsonProblem) and parsed.kind == kind:
+        yield parsed
 
 
 def _byte_order_mark(line: Line) -> str:
     return find_byte_order_mark(line.content) if line.number == 1 else ""
-
-
-def _first_bad_byte(content: bytes) -> int | None:
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    return None

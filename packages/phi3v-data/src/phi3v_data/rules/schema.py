@@ -1,83 +1,222 @@
-"""S: JSON becomes a sample."""
+"""S: JSON becomes a sample.
+
+pydantic finds what is wrong with a line; here each of its errors gets a code, a pointer and words.
+"""
 
 import difflib
 from collections.abc import Iterator
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
+from phi3v_data.json_line import ParsedJson, json_pointer, shorten
+from phi3v_data.json_place import key_span
+from phi3v_data.rules.parse import parse
 from phi3v_data.rules.rule import Context, Finding, Line
 from phi3v_data.schema import Sample, Turn
 
+Place = tuple[int | str, ...]
+
 
 def schema(line: Line, context: Context) -> Iterator[Finding]:
-    """A line is JSON, but not a sample.
+    """A line is JSON, but not a sample, in a way that no other S rule names.
 
-    A key is missing, unknown, or of the wrong type; a conversation is empty; a turn that is not
-    the last has no answer. `phi3v-data schema` prints the JSON Schema. Keys of your own belong
-    into `metadata`, a flat object that is carried along.
+    `phi3v-data schema` prints the JSON Schema.
     """
-    if line.error is None:
-        return
-    seen: set[str] = set()
+    yield from _findings(line, "S101")
+
+
+def missing_key(line: Line, context: Context) -> Iterator[Finding]:
+    """A key that every sample or turn has is missing.
+
+    A sample has `id`, `source` and `conversations`, each turn has `user`.
+    """
+    yield from _findings(line, "S102")
+
+
+def unknown_key(line: Line, context: Context) -> Iterator[Finding]:
+    """A key is not one of a sample or a turn.
+
+    Mostly a slip of the pen, and what stood under it would silently be left out. Keys of your own
+    belong into `metadata`, a flat object that is carried along.
+    """
+    yield from _findings(line, "S103")
+
+
+def wrong_type(line: Line, context: Context) -> Iterator[Finding]:
+    """A value is of the wrong type.
+
+    Nothing is converted: the number 3 is no text, and `null` is no empty list.
+    """
+    yield from _findings(line, "S104")
+
+
+def empty_value(line: Line, context: Context) -> Iterator[Finding]:
+    """A conversation has no turns, or an id or a source is empty.
+
+    There would be nothing to learn, or no name to say it about.
+    """
+    yield from _findings(line, "S105")
+
+
+def unanswered_turn(line: Line, context: Context) -> Iterator[Finding]:
+    """A turn before the last has no answer.
+
+    The next question builds on it. Only the last turn may lack its `assistant`, in test splits
+    (T104).
+    """
+    yield from _findings(line, "S106")
+
+
+def images_not_a_list(line: Line, context: Context) -> Iterator[Finding]:
+    """The images of a turn are not a list of paths.
+
+    Also a single image is a list: `"images": ["a.jpg"]`. A turn without images has `[]`, or no
+    such key.
+    """
+    yield from _findings(line, "S107")
+
+
+def metadata_not_flat(line: Line, context: Context) -> Iterator[Finding]:
+    """A value of `metadata` is a list, an object, or a number that is not finite.
+
+    Metadata becomes a column of flat values in shards. Write `"box_x": 1, "box_y": 2` in place of
+    `"box": [1, 2]`, or the list as a string.
+    """
+    yield from _findings(line, "S108")
+
+
+def answers_differ(line: Line, context: Context) -> Iterator[Finding]:
+    """The `answers` of a turn are empty, or do not start with its `assistant`.
+
+    `answers` lists all that are right, and `assistant` is the first of them. Where there is one
+    answer only, leave `answers` out.
+    """
+    yield from _findings(line, "S109")
+
+
+def _findings(line: Line, code: str) -> Iterator[Finding]:
+    if line.error is not None:
+        yield from (finding for of, finding in _all_findings(line) if of == code)
+
+
+@lru_cache(maxsize=2)  # nine rules ask for the same line
+def _all_findings(line: Line) -> tuple[tuple[str, Finding], ...]:
+    """(code, finding) of everything that keeps a line of JSON from being a sample."""
+    assert line.error is not None
+    parsed = parse(line.content)
+    value = parsed.value if isinstance(parsed, ParsedJson) else None
+    if not isinstance(value, dict):
+        return ()  # a P rule says so
+    sample = cast("dict[str, Any]", value)
+    found: dict[str, tuple[str, Finding]] = {}
     for error in line.error.errors(include_url=False):
-        kind, place = error["type"], error["loc"]
-        if kind == "too_short" and error["input"]:
+        place = error["loc"]
+        if error["type"] == "json_invalid":
+            return ()  # P101 says so
+        if error["type"] == "too_short" and error["input"]:
             continue  # pydantic counts the good items only; what is wrong with the others follows
-        if kind == "json_invalid" or (kind == "model_type" and not place):
-            return  # P101 says so
+        if error["type"] == "value_error" and not place:
+            continue  # the answers of all turns: below, each in its place
         if place[:1] == ("metadata",) and len(place) > 1:
-            # One error per member of the union of allowed types: say it once.
-            place = place[:2]
-            message = "metadata holds strings, finite numbers, booleans and null only"
-            help = "metadata is flat: no lists, no objects"
-        else:
-            message, help = _explain(error, line)
-        pointer = "".join(f"/{part}" for part in place)
-        if pointer not in seen:
-            seen.add(pointer)
-            yield Finding(message, help, pointer)
+            place = place[:2]  # one error per member of the union of types: say it once
+        pointer = json_pointer(place)
+        if pointer not in found:
+            code, message, help = _explain(cast("dict[str, Any]", error), place)
+            span = key_span(line.content, pointer) if code == "S103" else None
+            column = span[0] + 1 if span else None
+            found[pointer] = code, Finding(message, help, pointer, column)
+    for position in _unanswered(sample):
+        pointer = json_pointer(("conversations", position))
+        finding = Finding(
+            f"conversations[{position}] has no assistant: only the last turn may lack one",
+            "answer it, or leave the turn out",
+            pointer,
+        )
+        found.setdefault(pointer + "/assistant", ("S106", finding))
+    if not found:
+        first = line.error.errors(include_url=False)[0]
+        found[""] = "S101", Finding(first["msg"].removeprefix("Value error, "))
+    return tuple(found.values())
 
 
-def _explain(error: Any, line: Line) -> tuple[str, str]:
-    """(message, help) of one pydantic error."""
-    kind, place, got = error["type"], error["loc"], error.get("input")
+def _unanswered(sample: dict[str, Any]) -> Iterator[int]:
+    turns = sample.get("conversations")
+    if isinstance(turns, list):
+        for position, turn in enumerate(cast("list[Any]", turns)[:-1]):
+            if isinstance(turn, dict) and cast("dict[str, Any]", turn).get("assistant") is None:
+                yield position
+
+
+def _explain(error: dict[str, Any], place: Place) -> tuple[str, str, str]:
+    """(code, message, help) of one pydantic error."""
+    kind, got = error["type"], error.get("input")
     name = place[-1] if place else ""
     record = Turn if place[:1] == ("conversations",) and len(place) > 2 else Sample
-    if kind == "extra_forbidden":
-        known = list(record.model_fields)
-        near = difflib.get_close_matches(str(name).lower(), known, n=1)
-        if near:
-            return f"unknown key {name!r}", f"did you mean {near[0]!r}?"
-        other = Sample if record is Turn else Turn
-        if name in other.model_fields:
-            where = "a turn" if other is Turn else "the sample"
-            return f"{name!r} is out of place", f"{name!r} is a key of {where}"
+    label, shown = _label(place), _json_type(got)
+    if place[:1] == ("metadata",) and len(place) > 1:
         return (
-            f"unknown key {name!r}",
-            f"expected {', '.join(known)}; keys of your own go into metadata",
+            "S108",
+            f"{label}: metadata holds strings, finite numbers, booleans and null only, got {shown}",
+            "metadata is flat: no lists, no objects",
         )
+    if kind == "extra_forbidden":
+        return "S103", *_unknown_key(str(name), record)
     if kind == "missing":
-        return f"{name!r} is missing", f"expected keys: {', '.join(record.model_fields)}"
+        return (
+            "S102",
+            f"{name!r} is missing",
+            f"expected keys: {', '.join(record.model_fields)}",
+        )
     if kind == "too_short":
-        return "conversations is empty", "a sample has at least one turn"
+        return "S105", "conversations is empty", "a sample has at least one turn"
     if kind == "string_too_short":
-        return f"{name!r} is empty", ""
-    if kind == "value_error":
-        return error["msg"].removeprefix("Value error, "), ""
-    shown = _json_type(got)
+        return "S105", f"{name!r} is empty", ""
+    if kind == "value_error" and isinstance(got, dict):
+        turn = cast("dict[str, Any]", got)
+        if not turn.get("answers"):
+            return "S109", "answers is empty", "leave it out, or list the accepted answers"
+        first, assistant = turn["answers"][0], turn.get("assistant")
+        said = "there is none" if assistant is None else f"it is {shorten(assistant)!r}"
+        return (
+            "S109",
+            f"assistant must be the first of answers, {shorten(first)!r}: {said}",
+            "put the answer to learn first",
+        )
+    if place[-1:] == ("images",) and kind == "tuple_type":
+        help = f'write ["{got}"]' if isinstance(got, str) and len(got) < 60 else ""
+        return "S107", f"{label}: expected a list of paths, got {shown}", help
+    if "images" in place[-2:] and kind == "string_type":
+        return "S107", f"{label}: expected a path, got {shown}", "each image is one string"
     if kind == "string_type":
-        return f"{_label(place)}: expected a string, got {shown}", ""
+        return "S104", f"{label}: expected a string, got {shown}", ""
     if kind == "tuple_type":
         help = f'write ["{got}"]' if isinstance(got, str) and len(got) < 60 else ""
-        return f"{_label(place)}: expected a list, got {shown}", help
+        return "S104", f"{label}: expected a list, got {shown}", help
     if kind in ("model_type", "dict_type"):
-        return f"{_label(place)}: expected an object, got {shown}", ""
-    return f"{_label(place)}: {error['msg']}", ""
+        return "S104", f"{label}: expected an object, got {shown}", ""
+    return "S101", f"{label}: {error['msg']}", ""
 
 
-def _label(place: tuple[int | str, ...]) -> str:
+def _unknown_key(name: str, record: type[Sample | Turn]) -> tuple[str, str]:
+    """(message, help) of a key that is not one of `record`'s."""
+    known, shown = list(record.model_fields), shorten(name)
+    other = Sample if record is Turn else Turn
+    if name in other.model_fields:
+        where = "a turn" if other is Turn else "the sample"
+        return f"{shown!r} is out of place", f"{shown!r} is a key of {where}"
+    near = difflib.get_close_matches(shown.lower(), known, n=1)
+    if near:
+        return f"unknown key {shown!r}", f"did you mean {near[0]!r}?"
+    return (
+        f"unknown key {shown!r}",
+        f"expected {', '.join(known)}; keys of your own go into metadata",
+    )
+
+
+def _label(place: Place) -> str:
     text = ""
     for part in place:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+        text += f"[{part}]" if isinstance(part, int) else f".{shorten(part)}"
     return text.lstrip(".")
 
 
