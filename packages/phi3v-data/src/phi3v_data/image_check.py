@@ -3,16 +3,62 @@
     check_image(Path("images"), "val/a.jpg")   # ImageCheck(kind="ok", info=..., xxh3_64=...)
     check_image(Path("images"), "../a.jpg")    # ImageCheck(kind="outside", problem="...", ...)
 
+How closely the file is looked at is the level:
+
+- `header`: it is there and says what it is. Size, orientation, mode; pixels are not looked at.
+- `deep`, the default: every truncated file is found, and what Pillow's full decode refuses. The
+  verdict is Pillow's, but most files need no decoding to know it: see `_jpeg_skeleton` and
+  `_is_whole_png`. Whatever these cannot vouch for is decoded.
+- `full`: everything is decoded.
+
+They differ in one case: a PNG of more than `INFLATED_BYTES` whose checksums are all right and whose
+compressed pixels are wrong all the same, as only a faulty writer makes it.
+
 The hash lets a later reader of the same file (the shard writer) know that it writes the very bytes
 that were checked.
 """
 
+import io
 import os
-from dataclasses import dataclass
+import re
+import stat
+import zlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from phi3v_data.images import ImageError, ImageInfo, decode_image, probe_image
+from phi3v_data.image_header import (
+    HUFFMAN,
+    QUANTIZATION,
+    SKIPPED,
+    START_OF_SCAN,
+    JpegHeader,
+    PngHeader,
+    is_checksum_right,
+    is_plain_chunk,
+    jpeg_header,
+    png_header,
+    read_from,
+    read_header,
+)
+from phi3v_data.images import (
+    ImageError,
+    ImageInfo,
+    TooManyPixelsError,
+    decode_image,
+    probe_file,
+    probe_image,
+)
+
+if TYPE_CHECKING:
+    from phi3v_data.check_cache import CheckCache
+
+Level: TypeAlias = Literal["header", "deep", "full"]
+"""How closely an image is looked at; see the module docstring."""
+
+INFLATED_BYTES = 32 << 10
+"""Of a PNG's pixels so much is decompressed at the deep level; beyond, checksums vouch for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,39 +79,59 @@ class ImageCheck:
     """Size of the file, where it was read."""
 
     xxh3_64: int = 0
-    """Hash of the file, where it was read."""
+    """Hash of the file, where it was read as a whole: not at the header level."""
+
+    cause: Literal["", "unreadable", "empty", "truncated", "too_large"] = ""
+    """More about `missing` (`unreadable`: there, but the system does not let it be read) and
+    `undecodable` (`too_large`: a decompression bomb); empty where there is no more to say."""
+
+    path_on_disk: str = ""
+    """The path as the disk has it, where it differs in upper and lower case and was found all the
+    same. Only a disk that ignores case does that."""
 
 
-def check_image(root: Path, path: str) -> ImageCheck:
-    """Look at `path` under `root`: inside, there, decodable. Decodes the whole image."""
-    import xxhash
+def check_image(
+    root: Path, path: str, level: Level = "deep", cache: "CheckCache | None" = None
+) -> ImageCheck:
+    """Look at `path` under `root`: inside, there, an image, whole.
 
+    Args:
+        root: the image root, a folder.
+        path: as in the sample: relative, POSIX.
+        level: how closely; see the module docstring.
+        cache: of this level; what it knows of an unchanged file is taken from there, and what it
+            does not know is added.
+    """
     problem = path_problem(path)
     if problem:
         return ImageCheck("outside", problem)
-    file = root / path
-    real = os.path.realpath(file)
-    if not os.path.exists(real):
+    file = os.path.join(root, path)
+    try:
+        folder = _folder_of(os.fspath(root), os.path.dirname(file))
+        status = os.lstat(file)
+        if stat.S_ISLNK(status.st_mode):
+            file = os.path.realpath(file)
+            folder = _folder_of(os.fspath(root), os.path.dirname(file))
+            status = os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
         return ImageCheck("missing", "does not exist")
-    real_root = os.path.realpath(root)
-    if os.path.commonpath([real_root, real]) != real_root:
+    except (OSError, UnicodeEncodeError) as error:
+        return _unreadable(error)
+    if not folder.is_inside:
         return ImageCheck("outside", "is a link that leads out of the image root")
-    if not os.path.isfile(real):
+    if not stat.S_ISREG(status.st_mode):
         return ImageCheck("missing", "is not a file")  # a folder, or a pipe that would block
-    try:
-        data = Path(real).read_bytes()
-    except OSError as error:
-        return ImageCheck("missing", f"cannot be read: {error.strerror}")
-    digest = xxhash.xxh3_64_intdigest(data)
-    if not data:
-        return ImageCheck("undecodable", "is empty")
-    info = None
-    try:
-        info = probe_image(data)
-        decode_image(data)
-    except ImageError as error:
-        return ImageCheck("undecodable", f"does not decode: {error}", info, len(data), digest)
-    return ImageCheck("ok", "", info, len(data), digest)
+    if cache is not None:
+        real = os.path.join(folder.real, os.path.basename(file))
+        check = cache.get(real, status)
+        if check is None:
+            check = _check_file(file, level)
+            cache.put(real, status, check)
+    else:
+        check = _check_file(file, level)
+    if folder.names:
+        return _with_path_on_disk(check, folder, path)
+    return check
 
 
 def path_problem(path: str) -> str:
@@ -81,3 +147,290 @@ def path_problem(path: str) -> str:
     if ".." in path.split("/"):
         return "leaves the image root by .."
     return ""
+
+
+# --- where it is ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """A folder with images, looked at once for all of them."""
+
+    real: str
+    """Without links."""
+
+    is_inside: bool
+    """Whether it is under the image root."""
+
+    on_disk: str
+    """Its path from the root as the disk has it, `/` at the end; empty for the root."""
+
+    names: dict[str, str]
+    """Lower case -> name, of all it holds where the disk ignores case; else empty."""
+
+
+def _folder_of(root: str, folder: str) -> _Folder:
+    status = os.stat(folder)
+    return _folder(root, folder, status.st_dev, status.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _folder(root: str, folder: str, device: int, inode: int) -> _Folder:
+    """Device and number are there so that a folder is looked at again when it is another."""
+    real, real_root = os.path.realpath(folder), os.path.realpath(root)
+    is_inside = os.path.commonpath([real_root, real]) == real_root
+    on_disk = parent = ""
+    if is_inside and ignores_case(real):
+        parent = os.path.relpath(folder, root)
+        above = root
+        for name in parent.split(os.sep) if parent != "." else ():
+            on_disk += names_by_lower_case(above).get(name.lower(), name) + "/"
+            above = os.path.join(above, name)
+        return _Folder(real, is_inside, on_disk, names_by_lower_case(real))
+    return _Folder(real, is_inside, on_disk, {})
+
+
+def ignores_case(folder: str) -> bool:
+    """Whether the disk finds the names of `folder` in any case, as macOS and Windows do."""
+    with os.scandir(folder) as entries:
+        name = next((entry.name for entry in entries if entry.name.swapcase() != entry.name), None)
+    if name is None:
+        return False
+    other = os.path.join(folder, name.swapcase())
+    try:
+        is_same = os.path.samestat(os.lstat(other), os.lstat(os.path.join(folder, name)))
+    except OSError:
+        return False
+    # Else the two are hard links to one file.
+    return is_same and name.swapcase() not in os.listdir(folder)
+
+
+def names_by_lower_case(folder: str) -> dict[str, str]:
+    """Names in `folder`, by their lower case; of two that differ in case only, the later."""
+    try:
+        return {name.lower(): name for name in sorted(os.listdir(folder))}
+    except OSError:
+        return {}
+
+
+def _with_path_on_disk(check: ImageCheck, folder: _Folder, path: str) -> ImageCheck:
+    name = os.path.basename(path)
+    on_disk = folder.on_disk + folder.names.get(name.lower(), name)
+    return check if on_disk == os.path.normpath(path) else replace(check, path_on_disk=on_disk)
+
+
+# --- what it is -----------------------------------------------------------------------------------
+
+# Without O_NOFOLLOW a file that is exchanged for a link just now would be followed; without
+# O_NONBLOCK, one that is exchanged for a pipe would block. Windows has neither, nor the cases.
+_OPEN = (
+    os.O_RDONLY
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+
+
+def _check_file(file: str, level: Level) -> ImageCheck:
+    try:
+        descriptor = os.open(file, _OPEN)
+    except FileNotFoundError:
+        return ImageCheck("missing", "does not exist")
+    except OSError as error:
+        return _unreadable(error)
+    try:
+        size = os.fstat(descriptor).st_size
+        if level == "header":
+            return _check_header(descriptor, size)
+        data = _read_whole(descriptor, size)
+    except OSError as error:
+        return _unreadable(error)
+    finally:
+        os.close(descriptor)
+    return check_bytes(data, level)
+
+
+def _unreadable(error: OSError | UnicodeEncodeError) -> ImageCheck:
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else "no such name"
+    return ImageCheck("missing", f"cannot be read: {reason}", cause="unreadable")
+
+
+def _read_whole(descriptor: int, size: int) -> bytes:
+    data = os.read(descriptor, size + 1)
+    if len(data) == size:
+        return data
+    parts = [data]  # a file that grows, or a disk that hands out less at a time
+    while parts[-1]:
+        parts.append(os.read(descriptor, 1 << 20))
+    return b"".join(parts)
+
+
+def _check_header(descriptor: int, size: int) -> ImageCheck:
+    if not size:
+        return ImageCheck("undecodable", "is empty", cause="empty")
+    info = read_header(read_from(descriptor), size)
+    if info is None:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            try:
+                info = probe_file(file)
+            except ImageError as error:
+                return _refused(error, None, size, 0)
+    return ImageCheck("ok", "", info, size)
+
+
+def check_bytes(data: bytes, level: Level = "deep") -> ImageCheck:
+    """Look at a file's content.
+
+    Args:
+        data: all of it.
+        level: how closely; see the module docstring.
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_64_intdigest(data)
+    if not data:
+        return ImageCheck("undecodable", "is empty", None, 0, digest, "empty")
+    info = None
+    try:
+        if level == "header":
+            info = read_header(lambda start, count: data[start : start + count], len(data))
+            info = info or probe_image(data)
+        else:
+            info = _known_whole(data) if level == "deep" else None
+            if info is None:
+                info = probe_image(data)
+                decode_image(data)
+    except ImageError as error:
+        return _refused(error, info, len(data), digest)
+    return ImageCheck("ok", "", info, len(data), digest)
+
+
+def _refused(error: ImageError, info: ImageInfo | None, num_bytes: int, digest: int) -> ImageCheck:
+    problem = f"does not decode: {error}"
+    if isinstance(error, TooManyPixelsError):
+        return ImageCheck("undecodable", problem, info, num_bytes, digest, "too_large")
+    is_truncated = "truncated" in str(error).lower()
+    cause = "truncated" if is_truncated else ""
+    return ImageCheck("undecodable", problem, info, num_bytes, digest, cause)
+
+
+# --- whether it is whole --------------------------------------------------------------------------
+
+
+def _known_whole(data: bytes) -> ImageInfo | None:
+    """What it is, of an image that Pillow surely decodes; None: it has to be tried."""
+    if header := jpeg_header(data):
+        return header.info if _is_whole_jpeg(data, header) else None
+    if header := png_header(data):
+        return header.info if _is_whole_png(data, header) else None
+    return None
+
+
+# In entropy-coded data 0xFF is followed by 0 or a restart marker; anything else ends it.
+_END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")
+_END_OF_IMAGE = b"\xff\xd9"
+_BETWEEN_SCANS = SKIPPED | {QUANTIZATION, HUFFMAN, START_OF_SCAN}
+
+
+def _is_whole_jpeg(data: bytes, header: JpegHeader) -> bool:
+    """Whether Pillow surely decodes a JPEG.
+
+    libjpeg forgives all damage to entropy-coded data: it warns, and Pillow does not listen. What
+    it does not forgive is wrong segments, and a file that ends before its end marker. So the same
+    JPEG without its entropy-coded data has the same fate, if the end marker is there, and takes
+    a tenth of the time: then libjpeg fills the picture with grey.
+    """
+    skeleton = _jpeg_skeleton(data, header.scan_start)
+    if skeleton is None:
+        return False
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(skeleton), formats=("JPEG",))
+        if image.format != "JPEG":
+            return False
+        image.draft("L", (1, 1))  # an eighth of the size, grey: the cheapest there is
+        image.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _jpeg_skeleton(data: bytes, scan_start: int) -> bytes | None:
+    """The JPEG without entropy-coded data; None where its segments do not lead to an end marker."""
+    parts = [data[:scan_start]]
+    position, is_in_scan = scan_start, True
+    while True:
+        if is_in_scan:
+            found = _END_OF_SCAN.search(data, position)
+            if found is None:
+                return None
+            position = found.start()
+        if data.startswith(_END_OF_IMAGE, position):
+            return b"".join((*parts, _END_OF_IMAGE))
+        if position + 4 > len(data) or data[position] != 0xFF:
+            return None
+        marker = data[position + 1]
+        length = data[position + 2] << 8 | data[position + 3]
+        end = position + 2 + length
+        if marker not in _BETWEEN_SCANS or length < 2 or end > len(data):
+            return None
+        parts.append(data[position:end])
+        position, is_in_scan = end, marker == START_OF_SCAN
+
+
+def _is_whole_png(data: bytes, header: PngHeader) -> bool:
+    """Whether Pillow surely decodes a PNG.
+
+    All its chunks are there with the right checksum, up to its end mark, and in an ordinary order.
+    Up to `INFLATED_BYTES` of its pixels are decompressed, and its rows looked at: all of a small
+    picture.
+    """
+    if not header.row_bytes:
+        return False
+    view = memoryview(data)
+    position = header.pixels_start
+    pixels: list[memoryview] = []
+    is_past_pixels = False
+    while position + 8 <= len(data):
+        length = int.from_bytes(view[position : position + 4])
+        kind = data[position + 4 : position + 8]
+        end = position + 8 + length
+        if kind == b"IEND":
+            return _are_pixels_right(pixels, header)
+        if end + 4 > len(data) or not is_checksum_right(view, position, length):
+            return False
+        if kind == b"IDAT":
+            if is_past_pixels:
+                return False
+            pixels.append(view[position + 8 : end])
+        else:
+            is_past_pixels = True
+            if kind == b"PLTE" or not is_plain_chunk(kind, data[position + 8 : end]):
+                # An orientation is the one thing that may come late.
+                return False
+        position = end + 4
+    return False
+
+
+def _are_pixels_right(parts: list[memoryview], header: PngHeader) -> bool:
+    num_bytes = header.row_bytes * header.num_rows
+    is_small = num_bytes <= INFLATED_BYTES
+    most = num_bytes + 1 if is_small else INFLATED_BYTES
+    decompressor = zlib.decompressobj()
+    rows = b""
+    try:
+        for part in parts:
+            rows += decompressor.decompress(part, most - len(rows))
+            if len(rows) == most:
+                break
+    except zlib.error:
+        return False
+    if (len(rows), decompressor.eof) != (num_bytes, True) if is_small else len(rows) < most:
+        return False  # rows too few or too many: Pillow forgives some of it
+    return max(rows[:: header.row_bytes]) <= _MOST_FILTER
+
+
+_MOST_FILTER = 4
+"""Row filters of PNG are 0 to 4."""

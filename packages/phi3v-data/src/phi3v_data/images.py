@@ -43,6 +43,10 @@ class ImageError(ValueError):
     """The bytes are not an image that can be decoded whole. The message says why."""
 
 
+class TooManyPixelsError(ImageError):
+    """A decompression bomb: more than `MAX_PIXELS`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """What the header says."""
@@ -62,6 +66,17 @@ class ImageInfo:
     orientation: int
     """EXIF orientation, 1 to 8; 1 is upright."""
 
+    bits: int = 8
+    """Bits a sample as stored: 16 where there are more than 8, and 8 for 8 or fewer. (A 16-bit RGB
+    PNG has mode `RGB`.)"""
+
+    has_alpha: bool = False
+    """Whether it has an alpha channel, or a colour or palette entries marked as transparent."""
+
+    is_animated: bool = False
+    """Whether it has more frames (or pages) than the first. `MPO` does not count: its other
+    pictures are previews and gain maps."""
+
 
 def probe_image(source: bytes | memoryview | str | os.PathLike[str]) -> ImageInfo:
     """Read size, mode, format and orientation without decoding the pixels.
@@ -73,9 +88,9 @@ def probe_image(source: bytes | memoryview | str | os.PathLike[str]) -> ImageInf
         OSError: the file cannot be opened.
     """
     if isinstance(source, (bytes, memoryview)):
-        return _probe(io.BytesIO(source))
+        return probe_file(io.BytesIO(source))
     with open(source, "rb") as file:
-        return _probe(file)
+        return probe_file(file)
 
 
 def decode_image(data: bytes | memoryview) -> "Image.Image":
@@ -106,7 +121,7 @@ def upright_rgb(image: "Image.Image") -> "Image.Image":
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
-        raise ImageError(_reason(error)) from error
+        raise _image_error(error) from error
 
 
 # EXIF orientation -> Image.Transpose, by value so that Pillow is imported only when needed.
@@ -129,23 +144,65 @@ def _open(file: BinaryIO) -> "Image.Image":
     except MemoryError:
         raise
     except Exception as error:  # as above: SyntaxError, struct.error, ValueError, OSError, ...
-        raise ImageError(_reason(error)) from error
+        raise _image_error(error) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{width}x{height} pixels: more than the {MAX_PIXELS:,} allowed")
+        raise TooManyPixelsError(f"{width}x{height} pixels: more than the {MAX_PIXELS:,} allowed")
     return image
 
 
-def _probe(file: BinaryIO) -> ImageInfo:
+def probe_file(file: BinaryIO) -> ImageInfo:
+    """`probe_image` of an open file, read from its start.
+
+    Raises:
+        ImageError: as `probe_image`.
+    """
     image = _open(file)
+    # Before what follows, which may load the pixels or look at other frames.
+    mode, format, bits, has_alpha = image.mode, image.format, _bits(image), _has_alpha(image)
     width, height = image.size
     # TIFF reports the size it has after turning, and turns by itself in load().
     is_turned_by_pillow = image.format == "TIFF"
     orientation = _header_orientation(image, file)
     if orientation >= 5 and not is_turned_by_pillow:
         width, height = height, width
-    assert image.format is not None
-    return ImageInfo(width, height, image.mode, image.format, orientation)
+    assert format is not None
+    return ImageInfo(width, height, mode, format, orientation, bits, has_alpha, _is_animated(image))
+
+
+_BITS_PER_SAMPLE = 258
+"""A TIFF tag."""
+
+
+def _bits(image: "Image.Image") -> int:
+    if image.mode.startswith("I") or image.mode == "F":
+        return 16
+    is_deep = False
+    if image.format == "PNG":
+        stream: Any = getattr(image, "png", None)
+        is_deep = stream is not None and stream.im_rawmode.endswith("16B")
+    elif image.format == "TIFF":
+        tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+        is_deep = any(bits > 8 for bits in tags.get(_BITS_PER_SAMPLE, ()))
+    elif image.format == "PPM":
+        tiles: list[Any] = getattr(image, "tile", [])  # args: ("RGB", 65535), the largest value
+        is_deep = any(tile.args[-1] > 255 for tile in tiles if tile.codec_name == "ppm")
+    return 16 if is_deep else 8
+
+
+def _has_alpha(image: "Image.Image") -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _is_animated(image: "Image.Image") -> bool:
+    if image.format not in ("PNG", "GIF", "WEBP", "TIFF"):
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except MemoryError:
+        raise
+    except Exception:  # as in _orientation: a damaged second frame, of which nothing is used
+        return True
 
 
 def _orientation(image: "Image.Image") -> int:
@@ -233,16 +290,16 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def _image_error(error: Exception) -> ImageError:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        return f"not an image in a format that is read ({', '.join(FORMATS)})"
+        return ImageError(f"not an image in a format that is read ({', '.join(FORMATS)})")
     if isinstance(error, Image.DecompressionBombError):
         pixels = re.search(r"\d+", str(error))
         size = f"{int(pixels[0]):,}" if pixels else "too many"
-        return f"{size} pixels: more than the {MAX_PIXELS:,} allowed"
-    return str(error) or type(error).__name__
+        return TooManyPixelsError(f"{size} pixels: more than the {MAX_PIXELS:,} allowed")
+    return ImageError(str(error) or type(error).__name__)
 
 
 _EXTENSIONS = {
