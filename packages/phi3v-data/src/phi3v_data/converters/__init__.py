@@ -25,6 +25,7 @@ converters use the same door: the entry point group `phi3v_data.converters`.
 """
 
 import difflib
+import errno
 import hashlib
 import inspect
 import os
@@ -32,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from phi3v_data.atomic import TEMPORARY_MARK
@@ -123,19 +124,24 @@ def write_image(out_dir: Path, name: str, content: bytes) -> str:
     Raises:
         ValueError: `name` is absolute or leaves the image folder.
     """
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+    parts = name.split("/")
+    if name.startswith("/") or ".." in parts or not any(part not in ("", ".") for part in parts):
         raise ValueError(f"expected an image path inside images/, got {name!r}")
-    target = out_dir / "images" / relative
+    # Plain strings: pathlib would take longer than the file system.
+    target = os.path.normpath(f"{out_dir}/images/{name}")
+    folder, _, file_name = target.rpartition("/")
     # One temporary name per target: what a killed run left, the next one replaces. No fsync, which
     # would cost more than encoding: a resumed run looks at the images of what is finished.
-    digest = hashlib.blake2b(os.fsencode(target.name), digest_size=8).hexdigest()
-    temporary = target.with_name(f".{digest}{TEMPORARY_MARK}")
+    digest = hashlib.blake2b(os.fsencode(file_name), digest_size=8).hexdigest()
+    temporary = f"{folder}/.{digest}{TEMPORARY_MARK}"
     try:
-        temporary.write_bytes(content)
+        file = open(temporary, "wb", buffering=0)
     except FileNotFoundError:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
+        os.makedirs(folder, exist_ok=True)
+        file = open(temporary, "wb", buffering=0)
+    with file:
+        if file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
     os.replace(temporary, target)
     return name
 
