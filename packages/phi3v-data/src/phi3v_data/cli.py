@@ -3,13 +3,18 @@
 Imports of the working modules stand inside the commands: `--help` answers at once.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from phi3v_data.conversion.command import convert_group
 from phi3v_data.input_error import InputError
 from phi3v_data.stats_command import stats_command
+
+if TYPE_CHECKING:
+    from phi3v_data.diagnostics import Report
+    from phi3v_data.validate import Progress
+    from phi3v_data.validate_config import ValidateConfig
 
 
 def _underscored(name: str) -> str:
@@ -63,14 +68,27 @@ CHECK_WORKERS = click.option(
 @click.option("--select", multiple=True, metavar="CODE", help="Run these rules only, by prefix.")
 @click.option("--ignore", multiple=True, metavar="CODE", help="Do not run these, by prefix.")
 @click.option(
+    "--severity",
+    multiple=True,
+    metavar="CODE=LEVEL",
+    help="error, warning or off, for codes by prefix.",
+)
+@click.option(
+    "--max_errors", type=click.IntRange(1), help="Stop at so many errors.  [look at everything]"
+)
+@click.option(
     "--format",
     "output_format",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    show_default=True,
+    type=click.Choice(["text", "concise", "json", "sarif", "github"]),
+    help="How the report is printed.  [text]",
 )
 @ALLOW_MISSING_ANSWER
-@NUM_CROPS
+@click.option(
+    "--num_crops",
+    type=click.IntRange(1),
+    help="Most crops an image in training (its data.num_crops): how long and thin one may be.  "
+    "[16]",
+)
 @CHECK_WORKERS
 @click.pass_context
 def validate_command(
@@ -79,9 +97,11 @@ def validate_command(
     images: str | None,
     select: tuple[str, ...],
     ignore: tuple[str, ...],
-    output_format: str,
+    severity: tuple[str, ...],
+    max_errors: int | None,
+    output_format: str | None,
     allow_missing_answer: bool,
-    num_crops: int,
+    num_crops: int | None,
     workers: int | None,
 ) -> None:
     """Find all that is wrong with conversations files.
@@ -92,44 +112,96 @@ def validate_command(
     \b
       phi3v-data validate train.jsonl val.jsonl
       phi3v-data validate train.jsonl --images /data/images --ignore I104
+      phi3v-data validate train.jsonl --severity T101=warning --max_errors 10
       phi3v-data validate train.jsonl --format json | jq .counts
 
     \b
     gives
-      train.jsonl:17: error I101 image 'val/a.jpg' does not exist
-          at /conversations/0/images/0 of sample 'val-0000000003'
-          help: the image root is images
+      train.jsonl:17:67: error I101 image 'val/a.jpg' does not exist
+         |
+      17 | …"conversations": [{"images": ["val/a.jpg"], "user": "What is it?"…
+         |                                ^^^^^^^^^^^
+         = at: /conversations/0/images/0 of sample 'val-0000000003'
+         = help: the image root is images
 
-    --select and --ignore take codes or their beginnings, also separated by commas.
+    --select, --ignore and --severity take codes or their beginnings, also separated by commas.
+    [tool.phi3v-data.validate] of the nearest pyproject.toml may hold the same settings; the command
+    line wins.
 
     Exit status: 0 no errors (warnings are counted), 1 errors, 2 wrong usage.
     """
-    from phi3v_data.report import print_text, progress_bar, to_json
-    from phi3v_data.validate import validate
+    from pathlib import Path
+
+    from phi3v_data.report import print_report, progress_bar
+    from phi3v_data.validate_config import load_config
 
     _silence_pillow()
+    overrides: dict[str, Any] = {
+        "select": _codes(select) or None,
+        "ignore": _codes(ignore) or None,
+        "severity": _levels(severity),
+        "max_errors": max_errors,
+        "format": output_format,
+        "num_crops": num_crops,
+    }
     try:
+        config = load_config(Path.cwd(), overrides)
+        _name_broken_rules()
         with progress_bar("validating") as progress:
-            report = validate(
-                files,
-                images=images,
-                select=_codes(select),
-                ignore=_codes(ignore),
-                allow_missing_answer=allow_missing_answer,
-                num_crops=num_crops,
-                num_workers=workers,
-                progress=progress,
+            report, is_stopped = _validate(
+                files, images, config, allow_missing_answer, workers, progress
             )
     except ValueError as error:
         raise InputError(str(error)) from error
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         context.exit(130)
-    if output_format == "json":
-        click.echo(to_json(report))
-    else:
-        print_text(report)
+    print_report(report, config.format)
+    if is_stopped:
+        click.echo(
+            f"stopped at {config.max_errors} errors (max_errors); "
+            "what comes after them was not looked at",
+            err=True,
+        )
     context.exit(report.exit_status)
+
+
+def _validate(
+    files: tuple[str, ...],
+    images: str | None,
+    config: "ValidateConfig",
+    allow_missing_answer: bool,
+    workers: int | None,
+    progress: "Progress | None",
+) -> "tuple[Report, bool]":
+    """The report, and whether it ends at `max_errors`."""
+    from contextlib import closing
+
+    from phi3v_data.validate import ReportBuilder, check
+
+    # Files with rules of their own are looked at one by one.
+    is_alike = len({config.rules_for(file) for file in files}) == 1
+    groups = [files] if is_alike else [(file,) for file in files]
+    every = config.rules()
+    builder = ReportBuilder(every)
+    num_errors = 0
+    for group in groups:
+        checks = check(
+            group,
+            images=images,
+            rules=config.rules_for(group[0]),
+            allow_missing_answer=allow_missing_answer,
+            num_crops=config.num_crops,
+            num_workers=workers,
+            progress=progress if is_alike else None,
+        )
+        with closing(checks):  # type: ignore[type-var]
+            for checked in checks:
+                builder.add(checked)
+                num_errors += sum(d.severity == "error" for d in checked.diagnostics)
+                if config.max_errors is not None and num_errors >= config.max_errors:
+                    return builder.report(list(files)), True
+    return builder.report(list(files)), False
 
 
 @main.command("shard")
@@ -269,25 +341,46 @@ def verify_command(context: click.Context, directory: str) -> None:
 
 @main.command("rules")
 @click.argument("code", required=False)
-def rules_command(code: str | None) -> None:
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["text", "markdown"]),
+    default="text",
+    show_default=True,
+    help="markdown: the page docs/rules.md, of the built-in rules.",
+)
+def rules_command(code: str | None, output_format: str) -> None:
     """List the rules of `validate`, or explain one.
 
     \b
       phi3v-data rules
       phi3v-data rules I101
-    """
-    from phi3v_data.rules import RULES, select_rules
+      phi3v-data rules --format markdown
 
-    if code is None:
-        for rule in RULES:
-            click.echo(f"{rule.code}  {rule.severity:<8} {rule.summary}")
+    Codes may be beginnings of codes. Rules of other packages are listed with the built-in ones.
+    """
+    from phi3v_data.rules import RULES, all_rules, check_codes
+    from phi3v_data.rules.page import to_markdown
+
+    _name_broken_rules()
+    rules = RULES if output_format == "markdown" else all_rules()
+    if code is not None:
+        try:
+            check_codes((code.upper(),), rules)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        rules = tuple(rule for rule in rules if rule.code.startswith(code.upper()))
+    if output_format == "markdown":
+        click.echo(to_markdown(rules), nl=False)
         return
-    try:
-        rules = select_rules((code.upper(),))
-    except ValueError as error:
-        raise InputError(str(error)) from error
     for rule in rules:
-        click.echo(f"{rule.code} {rule.name} ({rule.severity})\n\n{rule.documentation}\n")
+        default = "" if rule.is_default else "off by default"
+        if code is None:
+            summary = f"{rule.summary} ({default})" if default else rule.summary
+            click.echo(f"{rule.code}  {rule.severity:<8} {summary}")
+        else:
+            traits = ", ".join(filter(None, (rule.severity, default)))
+            click.echo(f"{rule.code} {rule.name} ({traits})\n\n{rule.documentation}\n")
 
 
 @main.command("schema")
@@ -302,6 +395,25 @@ def schema_command() -> None:
     from phi3v_data.schema import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
+
+
+def _name_broken_rules() -> None:
+    """Rules of other packages that cannot be used are no reason not to check data."""
+    from phi3v_data.rules import broken_rules
+
+    for broken in broken_rules():
+        click.echo(f"warning: {broken}", err=True)
+
+
+def _levels(values: tuple[str, ...]) -> dict[str, str]:
+    """`("T101=warning,D=off",)` -> `{"T101": "warning", "D": "off"}`."""
+    levels: dict[str, str] = {}
+    for value in _codes(values):
+        code, _, level = value.partition("=")
+        if level not in ("error", "warning", "off"):
+            raise InputError(f"--severity: expected CODE=error, warning or off, got {value!r}")
+        levels[code.strip()] = level
+    return levels
 
 
 def _codes(values: tuple[str, ...]) -> list[str]:

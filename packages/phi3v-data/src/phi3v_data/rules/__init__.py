@@ -5,12 +5,15 @@
 
 The first letter groups the codes: `P` parsing a line, `S` the schema, `I` images, `T` text,
 `D` across samples. A rule gets a line or a sample with its `Context` and yields a `Finding` for
-each thing wrong. Adding one is a function and an entry in `RULES`.
+each thing wrong. Adding one is a function and an entry in `RULES`; other packages add theirs by
+entry point (`phi3v_data.rules.installed`).
 """
 
 import difflib
+from functools import cache
 
 from phi3v_data.rules import ids, images, parse, schema, text
+from phi3v_data.rules.installed import BrokenRules, load_installed
 from phi3v_data.rules.rule import Context as Context
 from phi3v_data.rules.rule import Finding as Finding
 from phi3v_data.rules.rule import Line as Line
@@ -47,20 +50,48 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def all_rules() -> tuple[Rule, ...]:
+    """`RULES`, and those that other packages offer."""
+    return (*RULES, *_installed()[0])
+
+
+def broken_rules() -> tuple[BrokenRules, ...]:
+    """What other packages offer as rules, but cannot be used."""
+    return _installed()[1]
+
+
+@cache
+def _installed() -> tuple[tuple[Rule, ...], tuple[BrokenRules, ...]]:
+    return load_installed(RULES)
+
+
 def select_rules(select: tuple[str, ...] = (), ignore: tuple[str, ...] = ()) -> tuple[Rule, ...]:
-    """The rules whose code starts with one of `select` (all, if empty) and none of `ignore`.
+    """The rules whose code starts with one of `select` and none of `ignore`.
+
+    Without `select` these are the rules that are on by default.
 
     Raises:
         ValueError: a prefix that no code starts with.
     """
-    codes = [rule.code for rule in RULES]
-    for prefix in (*select, *ignore):
+    rules = all_rules()
+    check_codes((*select, *ignore), rules)
+    return tuple(
+        rule
+        for rule in rules
+        if (rule.code.startswith(select) if select else rule.is_default)
+        and not rule.code.startswith(ignore or "\0")
+    )
+
+
+def check_codes(prefixes: tuple[str, ...], rules: tuple[Rule, ...]) -> None:
+    """Refuse what is not the beginning of a code.
+
+    Raises:
+        ValueError: a prefix that no code starts with.
+    """
+    codes = [rule.code for rule in rules]
+    for prefix in prefixes:
         if not prefix or not any(code.startswith(prefix) for code in codes):
             near = difflib.get_close_matches(prefix.upper(), codes, n=1)
             hint = f"did you mean {near[0]}?" if near else "`phi3v-data rules` lists them"
             raise ValueError(f"no rule's code starts with {prefix!r}; {hint}")
-    return tuple(
-        rule
-        for rule in RULES
-        if (not select or rule.code.startswith(select)) and not rule.code.startswith(ignore or "\0")
-    )

@@ -1,0 +1,30 @@
+"""A report as one JSON object: its keys are the fields of `Report` and `Diagnostic`."""
+
+import json
+from dataclasses import asdict
+
+from phi3v_data.diagnostics import Report
+
+JSON_VERSION = 1
+"""A key may be added without raising it, never removed or changed."""
+
+
+def to_json(report: Report) -> str:
+    """The report as one JSON object."""
+    return json.dumps(
+        {
+            "version": JSON_VERSION,
+            "files": report.files,
+            "num_lines": report.num_lines,
+            "num_valid": report.num_valid,
+            "num_images": report.num_images,
+            "num_errors": report.num_errors,
+            "num_warnings": report.num_warnings,
+            "rules": report.rules,
+            "severities": report.severities,
+            "counts": report.counts,
+            "diagnostics": [asdict(diagnostic) for diagnostic in report.diagnostics],
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
