@@ -9,6 +9,7 @@ import click
 
 from phi3v_data.conversion.command import convert_group
 from phi3v_data.input_error import InputError
+from phi3v_data.preview_command import preview_command
 from phi3v_data.stats_command import stats_command
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def main() -> None:
 
 main.add_command(convert_group)
 main.add_command(stats_command)
+main.add_command(preview_command)
 
 
 FILES = click.argument(
