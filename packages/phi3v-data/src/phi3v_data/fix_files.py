@@ -33,13 +33,13 @@ from typing import Any, BinaryIO
 from pydantic import ValidationError
 
 from phi3v_data.atomic import TEMPORARY_MARK, open_atomic
+from phi3v_data.checked_lines import AnyPath, Checked, Progress, check
 from phi3v_data.diagnostics import Diagnostic
 from phi3v_data.fixes import Place, folder_names, repair
 from phi3v_data.jsonl import byte_order_mark, default_image_root
 from phi3v_data.rules import select_rules
 from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample
-from phi3v_data.validate import AnyPath, Checked, Progress, check
 
 MOST_ROUNDS = 8
 """Repairs and checks of one line: parsing, schema and text each show what is beneath."""
@@ -280,8 +280,10 @@ class _FileFix:
         self._target = target
         self._in_place = in_place
         self._unsafe = unsafe
-        self._line_rules = tuple(rule for rule in rules if not rule.code.startswith("D"))
-        self._sample_rules = tuple(rule for rule in rules if rule.code.startswith("D"))
+        # Rules about the data set as a whole name no line that a repair could change.
+        of_lines = [rule for rule in rules if rule.subject in ("line", "sample")]
+        self._line_rules = tuple(rule for rule in of_lines if not rule.code.startswith("D"))
+        self._sample_rules = tuple(rule for rule in of_lines if rule.code.startswith("D"))
         self._order = [rule.code for rule in rules]
         self._options = options
         self._names = lru_cache(maxsize=64)(folder_names)

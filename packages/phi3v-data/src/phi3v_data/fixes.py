@@ -33,6 +33,7 @@ from typing import Any, cast
 
 from phi3v_data.image_check import path_problem
 from phi3v_data.rules import IMAGE_MARK, SPECIAL_TOKEN
+from phi3v_data.rules.text import ODD_CHARACTER
 from phi3v_data.schema import Sample, Turn
 
 Object = dict[str, Any]
@@ -590,6 +591,28 @@ def marks_removed(sample: Object, place: Place) -> bool:
     return changed
 
 
+def control_character(sample: Object, place: Place) -> bool:
+    r"""Write line breaks in texts as `\n`, and remove other control characters but tabs.
+
+    Unsafe: an escape sequence's letters stay behind, and the text may have been about them.
+    """
+    changed = False
+    for turn in _turns(sample):
+        for record, key in _text_places(turn):
+            text = re.sub(r"\r\n?", "\n", record[key])
+            text = ODD_CHARACTER.sub("", text)
+            changed = changed or text != record[key]
+            record[key] = text
+    return changed
+
+
+def _text_places(turn: Object) -> list[tuple[Any, Any]]:
+    """(record or list, key or index) of every text of a turn."""
+    answers = _list(turn.get("answers"))
+    places = [(turn, key) for key in ("user", "assistant") if isinstance(turn.get(key), str)]
+    return [*places, *((answers, k) for k, text in enumerate(answers) if isinstance(text, str))]
+
+
 def empty_answer(sample: Object, place: Place) -> bool:
     """Remove empty ones among several accepted answers.
 
@@ -658,6 +681,7 @@ FIXES: tuple[Fix, ...] = (
     _of_sample("T102", False, special_token),
     _of_sample("T103", True, marks_numbered_across_turns),
     _of_sample("T103", False, marks_removed),
+    _of_sample("T105", False, control_character),
     _of_sample("T101", False, empty_answer),
 )
 """All repairs of a line, in the order they are tried. Ids used twice (D101) are the business of
