@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 from phi3v_data import Sample, Turn, decode_image, image_check, write_samples
+from phi3v_data.checked_lines import MAX_PER_RULE, check
 from phi3v_data.diagnostics import Diagnostic
-from phi3v_data.validate import MAX_PER_RULE, check, validate
+from phi3v_data.validate import validate
 from PIL import Image
 
 
@@ -74,7 +75,7 @@ def test_each_distinct_image_is_decoded_once(root: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(image_check, "decode_image", counted)
     write_samples(root / "x.jsonl", [sample(str(i), "0.png", "1.png") for i in range(700)])
-    report = validate([root / "x.jsonl"])
+    report = validate([root / "x.jsonl"], level="full")
 
     assert (len(decoded), report.num_images, report.num_valid) == (2, 2, 700)
 
@@ -99,8 +100,9 @@ def test_a_wrong_image_root_is_one_finding(root: Path):
     (finding,) = report.diagnostics
 
     assert report.counts == {"I101": 1}
-    assert "none of its images is under" in finding.message
-    assert "300 findings" in finding.message
+    assert "none of its 300 images is under" in finding.message
+    assert "the first: image '0.png' does not exist" in finding.message
+    assert (finding.num_findings, report.num_valid) == (300, 0)
     assert finding.help.endswith("--images DIR")
 
 
@@ -120,7 +122,7 @@ def test_images_may_lie_beside_the_file_when_there_is_no_images_folder(tmp_path:
 
 def test_many_findings_are_counted_and_a_bounded_part_is_kept(root: Path):
     write_samples(root / "x.jsonl", [sample(str(i), answer=" ") for i in range(3 * MAX_PER_RULE)])
-    report = validate([root / "x.jsonl"])
+    report = validate([root / "x.jsonl"], select=["T"])
 
     assert report.counts == {"T101": 3 * MAX_PER_RULE}
     assert len(report.diagnostics) == MAX_PER_RULE
@@ -155,7 +157,7 @@ def test_progress_ends_at_the_size_of_the_files(root: Path):
 
     assert seen[-1] == (size, size)
     assert seen == sorted(seen)
-    assert len(seen) > 10
+    assert len(seen) >= 2
 
 
 def test_the_samples_that_pass_come_with_their_images(root: Path):

@@ -78,6 +78,9 @@ class Report:
     rules: tuple[str, ...] = field(default=())
     """Codes of the rules that ran."""
 
+    is_complete: bool = True
+    """False where it stopped at so many errors: what comes after is not looked at."""
+
     severities: dict[str, Severity] = field(default_factory=dict[str, Severity])
     """Code of each rule that ran → its severity in this run."""
 

@@ -30,9 +30,16 @@ import pyarrow.parquet as pq
 import xxhash
 
 from phi3v_data.atomic import TEMPORARY_MARK, sync
+from phi3v_data.checked_lines import (
+    LINE_RULES,
+    AnyPath,
+    Checked,
+    Progress,
+    ReportBuilder,
+    check,
+)
 from phi3v_data.diagnostics import Report
 from phi3v_data.jsonl import default_image_root
-from phi3v_data.rules import RULES
 from phi3v_data.schema import Sample
 from phi3v_data.shard_format import (
     FORMAT,
@@ -53,7 +60,6 @@ from phi3v_data.shard_format import (
     shard_name,
 )
 from phi3v_data.shard_index import ImagePlace, IndexReader, IndexWriter
-from phi3v_data.validate import AnyPath, Checked, Progress, ReportBuilder, check
 
 SHARD_BYTES = 128 * 1024 * 1024
 ROW_GROUP_BYTES = 32 * 1024 * 1024
@@ -194,7 +200,7 @@ def write_shards(
         # What was dropped could be whole by now: only writing again tells.
 
     with _temporary_directory(target) as temporary:
-        builder = ReportBuilder(RULES)
+        builder = ReportBuilder(LINE_RULES)
         writer = _DirectoryWriter(temporary, settings)
         try:
             for checked in checked_lines:
@@ -493,7 +499,7 @@ def _difference(
             return f"written with {name} {then}, not {now}"
     if (existing.validation.validator, existing.validation.rules) != (
         _validator(),
-        tuple(rule.code for rule in RULES),
+        tuple(rule.code for rule in LINE_RULES),
     ):
         return f"written with {existing.validation.validator} and its rules"
     if [(s.name, s.sha256) for s in existing.sources] != [(p.name, _sha256(p)) for p in files]:

@@ -12,7 +12,7 @@ entry point (`phi3v_data.rules.installed`).
 import difflib
 from functools import cache
 
-from phi3v_data.rules import ids, images, parse, schema, text
+from phi3v_data.rules import across, ids, images, parse, schema, text
 from phi3v_data.rules.installed import BrokenRules, load_installed
 from phi3v_data.rules.rule import Context as Context
 from phi3v_data.rules.rule import Finding as Finding
@@ -28,6 +28,8 @@ RULES: tuple[Rule, ...] = (
     Rule("P104", "error", "line", parse.repeated_key),
     Rule("P105", "error", "line", parse.not_finite),
     Rule("P106", "error", "line", parse.too_deep),
+    Rule("P107", "warning", "line", parse.blank_line),
+    Rule("P108", "error", "line", parse.cut_off_file),
     Rule("S101", "error", "line", schema.schema),
     Rule("S102", "error", "line", schema.missing_key),
     Rule("S103", "error", "line", schema.unknown_key),
@@ -46,7 +48,16 @@ RULES: tuple[Rule, ...] = (
     Rule("T102", "error", "sample", text.special_token),
     Rule("T103", "error", "sample", text.image_marks),
     Rule("T104", "error", "sample", text.missing_answer),
+    Rule("T105", "warning", "sample", text.control_character),
+    Rule("T106", "warning", "sample", text.answer_in_question),
+    Rule("T107", "warning", "sample", text.long_text),
     Rule("D101", "error", "sample", ids.duplicate_id),
+    Rule("D102", "warning", "dataset", across.duplicate_sample),
+    Rule("D103", "warning", "dataset", across.shared_image),
+    Rule("D104", "warning", "dataset", across.shared_group),
+    Rule("D105", "warning", "dataset", across.class_imbalance),
+    Rule("D106", "warning", "dataset", across.label_typo),
+    Rule("D107", "warning", "dataset", across.unknown_label),
 )
 
 

@@ -71,10 +71,12 @@ class Rule:
 
     code: str
     severity: Severity
-    subject: Literal["line", "sample"]
-    """What the function gets: a `Line` that may have failed to parse, or a `Sample`."""
+    subject: Literal["line", "sample", "dataset"]
+    """What the function gets: a `Line` that may have failed to parse, a `Sample`, or the `Facts` of
+    all files (`rules.across`)."""
 
-    check: Callable[[Any, Context], Iterator[Finding]]
+    check: Callable[..., Iterator[Any]]
+    """`(subject, context)` to findings; `facts` alone to those across samples."""
 
     is_default: bool = True
     """Whether it runs unless it is ignored; others run where they are selected."""

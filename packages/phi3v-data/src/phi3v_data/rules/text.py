@@ -92,3 +92,73 @@ def missing_answer(sample: Sample, context: Context) -> Iterator[Finding]:
             "test splits: --allow_missing_answer",
             f"/conversations/{last}",
         )
+
+
+ODD_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters, except tab and line break."""
+
+
+def control_character(sample: Sample, context: Context) -> Iterator[Finding]:
+    """A text holds a control character.
+
+    Backspaces, carriage returns, escape sequences, NULs: left over from terminals, Windows files
+    and broken decoding. The model reads each as bytes of its own, and learns to write them. Tab and
+    line break are text.
+    """
+    for place, text in _texts(sample):
+        found = ODD_CHARACTER.search(text)
+        if found:
+            number = len(ODD_CHARACTER.findall(text))
+            more = f" (and {number - 1} more)" if number > 1 else ""
+            yield Finding(
+                f"the text holds the control character U+{ord(found[0]):04X}{more}",
+                "write line breaks as \\n; remove the others",
+                place,
+            )
+
+
+LEAK_CHARS = 40
+"""A shorter answer may well be in its question: a class among classes, a word of a sentence."""
+
+
+def answer_in_question(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An answer stands word for word in its question.
+
+    The model learns to copy, and evaluation says it is right. Answers of fewer than 40 characters
+    are let be: the question may well list the classes.
+    """
+    for t, turn in enumerate(sample.conversations):
+        answer = turn.assistant or ""
+        if len(answer) >= LEAK_CHARS and answer in turn.user:
+            yield Finding(
+                "the answer stands word for word in the question",
+                "",
+                f"/conversations/{t}/assistant",
+            )
+
+
+LONG_SAMPLE_CHARS = 100_000
+"""About 25,000 tokens of English, beside the images."""
+
+
+def long_text(sample: Sample, context: Context) -> Iterator[Finding]:
+    """A sample has more than 100,000 characters of text.
+
+    That is about 25,000 tokens of English: more than a row of most trainings, and often a file that
+    slipped into a field. Training counts tokens, and says before its first step which samples do
+    not fit.
+    """
+    number = sum(len(turn.user) + len(turn.assistant or "") for turn in sample.conversations)
+    if number > LONG_SAMPLE_CHARS:
+        yield Finding(f"the sample has {number:,} characters of text", "cut it, or split it up")
+
+
+def _texts(sample: Sample) -> Iterator[tuple[str, str]]:
+    """(JSON pointer, text) of every question and answer."""
+    for t, turn in enumerate(sample.conversations):
+        yield f"/conversations/{t}/user", turn.user
+        if turn.assistant is not None:
+            yield f"/conversations/{t}/assistant", turn.assistant
+        for k, answer in enumerate(turn.answers or ()):
+            if k > 0:  # answers[0] is assistant
+                yield f"/conversations/{t}/answers/{k}", answer

@@ -1,0 +1,264 @@
+"""Check one block of lines of a file: the rules on suspects, and facts of all lines.
+
+    check_block(Block("train.jsonl", start=0, end=1 << 20), options)
+    # BlockResult(num_lines=1748, findings=[(17, Diagnostic(…))], …)
+
+A block is the lines that start in a range of bytes. It knows nothing of other blocks: line numbers
+count from its first line, and what concerns several lines goes out as facts, small arrays that
+whoever has all blocks puts together (`phi3v_data.rules.across`).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import xxhash
+from pydantic import ValidationError
+
+from phi3v_data.diagnostics import Diagnostic
+from phi3v_data.quick_scan import QuickSample, Scan, scan_block
+from phi3v_data.rules.across import MAX_LABEL_CHARS, MAX_LABELS, group_of
+from phi3v_data.rules.rule import Context, Finding, Line, Rule
+from phi3v_data.rules.text import LONG_SAMPLE_CHARS
+from phi3v_data.schema import Sample
+
+Hashes = np.ndarray[Any, np.dtype[np.uint64]]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Block:
+    """The lines that start in a range of bytes of a file."""
+
+    file: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for all blocks."""
+
+    rules: tuple[Rule, ...]
+    """Those about one line: subject `line` or `sample`, but neither images nor ids."""
+
+    allow_missing_answer: bool
+    num_crops: int
+    takes_images: bool
+    """Whether the paths of images are wanted."""
+
+    takes_facts: bool
+    """Whether the facts for rules across samples are."""
+
+    max_per_rule: int
+    """Findings of one rule kept of a block; the rest is counted."""
+
+
+@dataclass
+class BlockResult:
+    """What a block gave. Lines count from 0 in it."""
+
+    num_lines: int
+    """All lines, blank ones too."""
+
+    num_filled: int = 0
+    """Lines that are not blank."""
+
+    findings: list[tuple[int, Diagnostic]] = field(default_factory=list[tuple[int, Diagnostic]])
+    counts: Counter[str] = field(default_factory=Counter[str])
+
+    invalid: list[int] = field(default_factory=list[int])
+    """Lines with an error."""
+
+    ids: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+    """xxh3 of the ids of all samples."""
+
+    id_lines: Numbers = field(default_factory=lambda: np.empty(0, np.int64))
+    """The lines of these ids."""
+
+    contents: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+    """xxh3 of their conversations."""
+
+    labels: dict[str, tuple[int, int]] | None = field(default_factory=dict[str, tuple[int, int]])
+    """Answer of a one-turn sample → how often, first line; None: too many to be classes."""
+
+    groups: dict[str, int] = field(default_factory=dict[str, int])
+    """Group of clips → first line."""
+
+    images: dict[str, int] = field(default_factory=dict[str, int])
+    """Path of an image → first line."""
+
+    image_lines: Numbers = field(default_factory=lambda: np.empty(0, np.int64))
+    """Lines with images."""
+
+    is_utf16: bool = False
+    """The file is: nothing in it is a line."""
+
+
+def check_block(block: Block, options: Options) -> BlockResult:
+    """Check the lines that start in a range of bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    content = _read(block)
+    is_start = block.start == 0
+    scan = scan_block(
+        content,
+        max_line_bytes=LONG_SAMPLE_CHARS,
+        allow_missing_answer=options.allow_missing_answer,
+        is_start=is_start,
+    )
+    result = BlockResult(len(scan.lines), len(scan.lines))
+    parsed: dict[int, Sample] = {}
+    for number in scan.suspects:
+        line = scan.lines[number].rstrip(b"\r\n")
+        if not line.strip():
+            result.num_filled -= 1
+            continue
+        sample = _check_line(line, number, is_start, block.file, options, result)
+        if sample is not None:
+            parsed[number] = sample
+        if number == 0 and is_start and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            result.is_utf16 = True
+            return result
+    _gather(scan, parsed, options, result)
+    return result
+
+
+def _read(block: Block) -> bytes:
+    with open(block.file, "rb") as file:
+        if block.start:
+            file.seek(block.start - 1)
+            if file.read(1) != b"\n":
+                file.readline()  # begins in an earlier block
+        start = file.tell()
+        if start >= block.end:
+            return b""
+        content = file.read(block.end - start)
+        return content if content.endswith(b"\n") else content + file.readline()
+
+
+def _check_line(
+    line: bytes, number: int, is_start: bool, file: str, options: Options, result: BlockResult
+) -> Sample | None:
+    """Run the rules on one line; return its sample, where it is one."""
+    sample, error = parse(line)
+    context = Context(
+        file=file,
+        # Only the first line of a file is special; the others are numbered later.
+        line_number=number + 1 if is_start else number + 2,
+        image_root="",
+        images={},
+        ids={},
+        allow_missing_answer=options.allow_missing_answer,
+        num_crops=options.num_crops,
+    )
+    subjects: dict[str, Line | Sample | None] = {
+        "line": Line(line, context.line_number, error),
+        "sample": sample,
+    }
+    is_valid = sample is not None
+    for rule in options.rules:
+        subject = subjects[rule.subject]
+        if subject is None:
+            continue
+        for finding in rule.check(subject, context):
+            is_valid = is_valid and rule.severity != "error"
+            result.counts[rule.code] += 1
+            if result.counts[rule.code] <= options.max_per_rule:
+                result.findings.append((number, diagnostic(rule, finding, context, sample)))
+    if not is_valid:
+        result.invalid.append(number)
+    return sample
+
+
+def parse(line: bytes) -> tuple[Sample | None, ValidationError | None]:
+    """A line as a sample, or why it is none."""
+    try:
+        return Sample.from_json(line), None
+    except ValidationError as error:
+        return None, error
+
+
+def diagnostic(rule: Rule, finding: Finding, context: Context, sample: Sample | None) -> Diagnostic:
+    """A finding with its place."""
+    return Diagnostic(
+        code=rule.code,
+        severity=rule.severity,
+        message=finding.message,
+        help=finding.help,
+        file=context.file,
+        line=context.line_number,
+        column=finding.column,
+        pointer=finding.pointer,
+        sample_id=sample.id if sample else None,
+    )
+
+
+def _gather(scan: Scan, parsed: dict[int, Sample], options: Options, result: BlockResult) -> None:
+    """Facts of all lines that are samples; of suspects what the schema itself made of them."""
+    samples: list[QuickSample | Sample | None] = list(scan.samples)
+    for number in scan.suspects:
+        samples[number] = parsed.get(number)
+    numbers = [number for number, sample in enumerate(samples) if sample is not None]
+    found = [sample for sample in samples if sample is not None]
+    digest = xxhash.xxh3_64_intdigest
+    result.id_lines = np.array(numbers, dtype=np.int64)
+    result.ids = np.array([digest(sample.id.encode()) for sample in found], dtype=np.uint64)
+    if options.takes_facts:
+        result.contents = np.array([digest(_content(s)) for s in found], dtype=np.uint64)
+        _gather_labels(numbers, found, result)
+    if options.takes_images or options.takes_facts:
+        _gather_images(numbers, found, result)
+
+
+def _content(sample: QuickSample | Sample) -> bytes:
+    """Images, questions and answers, however they were written."""
+    turns: list[object] = []
+    for turn in sample.conversations:
+        images = turn.images if turn.images is not msgspec.UNSET else ()
+        turns.append((images, turn.user, turn.assistant or None))
+    return _encode(turns)
+
+
+def _gather_labels(
+    numbers: list[int], samples: "list[QuickSample | Sample]", result: BlockResult
+) -> None:
+    labels: dict[str, tuple[int, int]] = {}
+    for number, sample in zip(numbers, samples, strict=True):
+        if len(sample.conversations) != 1:
+            continue
+        answer = sample.conversations[0].assistant
+        if not isinstance(answer, str):
+            continue
+        if len(answer) > MAX_LABEL_CHARS or (len(labels) > MAX_LABELS and answer not in labels):
+            result.labels = None
+            return
+        count, first = labels.get(answer, (0, number))
+        labels[answer] = (count + 1, first)
+    result.labels = labels
+
+
+def _gather_images(
+    numbers: list[int], samples: "list[QuickSample | Sample]", result: BlockResult
+) -> None:
+    images, groups, lines = result.images, result.groups, list[int]()
+    for number, sample in zip(numbers, samples, strict=True):
+        first = None
+        for turn in sample.conversations:
+            if turn.images and turn.images is not msgspec.UNSET:
+                for image in turn.images:
+                    if image not in images:
+                        images[image] = number
+                first = first or turn.images[0]
+        if first is not None:
+            lines.append(number)
+            group = group_of(first)
+            if group is not None and group not in groups:
+                groups[group] = number
+    result.image_lines = np.array(lines, dtype=np.int64)
