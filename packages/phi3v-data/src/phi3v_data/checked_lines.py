@@ -193,7 +193,7 @@ def _check(
                     key = (root, image)
                     if key not in images_started:
                         images_started[key] = (
-                            executor.submit(check_image, root, image)
+                            executor.submit(check_image, root.absolute(), image)
                             if has_root
                             else ImageCheck("no_root")
                         )

@@ -190,6 +190,9 @@ class _Run:
             num_paths = sum(len(found.images) for found in self.of.values())
             with _workers(self.num_workers if num_paths > FEW_IMAGES else 0) as run_all:
                 self._check_images(run_all)
+        elif self.takes_facts:
+            for found in self.of.values():
+                _note_images(found, {})
         if not self.is_full:
             self._check_across()
         if self.progress is not None:
@@ -350,10 +353,7 @@ class _Run:
                 if self.progress is not None:
                     self.progress(int(total * (0.5 + 0.5 * done / len(paths))), total)
             for file in files:
-                found = self.of[file]
-                for path, number in found.images.items():
-                    digest = hashes[path] or xxhash.xxh3_64_intdigest(os.fsencode(path))
-                    found.facts.first_of_image.setdefault(digest, number)
+                _note_images(self.of[file], hashes)
                 if odd and not self.is_full:
                     self._check_odd_images(file, odd)
 
@@ -368,7 +368,9 @@ class _Run:
         )
         for start in range(0, len(paths), BATCH_IMAGES):
             batch = tuple(paths[start : start + BATCH_IMAGES])
-            yield _Batch(root, batch, rules, self.num_crops, self.level, self.use_cache)
+            yield _Batch(
+                os.path.abspath(root), batch, rules, self.num_crops, self.level, self.use_cache
+            )
 
     def _check_odd_images(self, file: str, odd: dict[str, ImageCheck]) -> None:
         """Run the rules about images on the lines that have one of `odd`."""
@@ -461,6 +463,13 @@ _NONE = np.empty(0, dtype=np.uint64)
 
 def _is_about_a_line(rule: Rule) -> bool:
     return rule.subject != "dataset" and not rule.code.startswith("I") and rule.code != D_ID
+
+
+def _note_images(found: _File, hashes: dict[str, int]) -> None:
+    """Where each image is first, by the hash of its content, or else of its path."""
+    for path, number in found.images.items():
+        digest = hashes.get(path) or xxhash.xxh3_64_intdigest(path.encode("utf-8", "replace"))
+        found.facts.first_of_image.setdefault(digest, number)
 
 
 def _repeated(hashes: Any, lines: Any) -> set[int]:

@@ -64,7 +64,7 @@ class FileFacts:
     """Group of clips (`v_Archery_g05`) → the first line that has it."""
 
     first_of_image: dict[int, int] = field(default_factory=dict[int, int])
-    """Hash of an image (of its content, or its path at the header level) → the first line."""
+    """Hash of an image (of its content, or of its path where it is not read) → the first line."""
 
 
 @dataclass(slots=True)
