@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from phi3v_data.checked_lines import check
 from phi3v_data.diagnostics import Diagnostic
-from phi3v_data.validate import check
 
 
 def turn(**fields: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from phi3v_data.rules import RULES, Context, Line
+from phi3v_data.rules import RULES, Context, Line, parse
 from phi3v_data.schema import Sample
 from pydantic import ValidationError
 
@@ -112,6 +112,49 @@ def test_P106_refuses_absurd_nesting(tmp_path: Path, line: bytes):
 
     assert d.message == "not JSON: nested more than 100 levels deep"
     assert d.help == "a sample is four levels deep"
+
+
+def line_of(content: bytes, kind: type[Line] = Line) -> Line:
+    """A line as the runner makes it."""
+    try:
+        Sample.from_json(content)
+    except ValidationError as error:
+        return kind(content, 7, error)
+    return kind(content, 7, None)
+
+
+def codes(line: Line) -> list[str]:
+    """Codes of what the P and S rules say of a line."""
+    rules = [rule for rule in RULES if rule.subject == "line"]
+    return [rule.code for rule in rules for _ in rule.check(line, context())]
+
+
+@pytest.mark.parametrize("content", [b"", b" \t"])
+def test_P107_warns_of_a_blank_line_and_nothing_else_does(content: bytes):
+    (finding,) = parse.blank_line(Line(content, 7, None), context())
+
+    assert (finding.message, finding.help) == (
+        "the line is blank",
+        "some readers stop here: remove it",
+    )
+    assert codes(Line(content, 7, None)) == ["P107"]
+    assert {rule.code: rule.severity for rule in RULES}["P107"] == "warning"
+
+
+def test_P108_says_that_a_file_seems_cut_off():
+    line = line_of(GOOD[:-20], parse.UnfinishedLine)
+    (finding,) = parse.cut_off_file(line, context())
+
+    assert codes(line) == ["P108"]
+    assert finding.message == "the file ends inside a string: it seems cut off"
+    assert finding.help == "fetch or write it again: more than this line may be missing"
+    assert finding.column == len(GOOD) - 20 + 1
+
+
+def test_P108_wants_both_a_missing_line_break_and_json_that_goes_on():
+    assert codes(line_of(GOOD[:-20])) == ["P101"]
+    assert codes(line_of(GOOD, parse.UnfinishedLine)) == []
+    assert codes(line_of(GOOD[:-1] + b",}", parse.UnfinishedLine)) == ["P101"]
 
 
 def context() -> Context:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phi3v_data.checked_lines import check
 from phi3v_data.diagnostics import Diagnostic
 from phi3v_data.rules import RULES, select_rules
-from phi3v_data.validate import check
 from PIL import Image
 
 GOOD = {

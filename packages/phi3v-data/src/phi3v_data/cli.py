@@ -3,7 +3,7 @@
 Imports of the working modules stand inside the commands: `--help` answers at once.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -11,11 +11,6 @@ from phi3v_data.conversion.command import convert_group
 from phi3v_data.input_error import InputError
 from phi3v_data.preview_command import preview_command
 from phi3v_data.stats_command import stats_command
-
-if TYPE_CHECKING:
-    from phi3v_data.diagnostics import Report
-    from phi3v_data.validate import Progress
-    from phi3v_data.validate_config import ValidateConfig
 
 
 def _underscored(name: str) -> str:
@@ -91,6 +86,13 @@ CHECK_WORKERS = click.option(
     help="Most crops an image in training (its data.num_crops): how long and thin one may be.  "
     "[16]",
 )
+@click.option(
+    "--level",
+    type=click.Choice(["header", "deep", "full"]),
+    help="How closely images are looked at: header (there, of a known format), deep (every "
+    "truncated or damaged file), full (every pixel decoded).  [deep]",
+)
+@click.option("--no_cache", is_flag=True, help="Look at images again that did not change.")
 @CHECK_WORKERS
 @click.pass_context
 def validate_command(
@@ -104,12 +106,14 @@ def validate_command(
     output_format: str | None,
     allow_missing_answer: bool,
     num_crops: int | None,
+    level: str | None,
+    no_cache: bool,
     workers: int | None,
 ) -> None:
     """Find all that is wrong with conversations files.
 
-    Several FILES are the splits of one data set. Every line is parsed and every distinct image
-    decoded once. `phi3v-data rules` lists what is looked for.
+    Several FILES are the splits of one data set, that of training first. Every line is parsed and
+    every distinct image looked at once. `phi3v-data rules` lists what is looked for.
 
     \b
       phi3v-data validate train.jsonl val.jsonl
@@ -135,6 +139,7 @@ def validate_command(
     from pathlib import Path
 
     from phi3v_data.report import print_report, progress_bar
+    from phi3v_data.validate import validate
     from phi3v_data.validate_config import load_config
 
     _silence_pillow()
@@ -145,13 +150,24 @@ def validate_command(
         "max_errors": max_errors,
         "format": output_format,
         "num_crops": num_crops,
+        "level": level,
+        "cache": False if no_cache else None,
     }
     try:
         config = load_config(Path.cwd(), overrides)
         _name_broken_rules()
         with progress_bar("validating") as progress:
-            report, is_stopped = _validate(
-                files, images, config, allow_missing_answer, workers, progress
+            report = validate(
+                files,
+                images=images,
+                rules_for=config.rules_for,
+                allow_missing_answer=allow_missing_answer,
+                num_crops=config.num_crops,
+                level=config.level,
+                use_cache=config.cache,
+                max_errors=config.max_errors,
+                num_workers=workers,
+                progress=progress,
             )
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -159,51 +175,13 @@ def validate_command(
         click.echo("interrupted", err=True)
         context.exit(130)
     print_report(report, config.format)
-    if is_stopped:
+    if not report.is_complete:
         click.echo(
-            f"stopped at {config.max_errors} errors (max_errors); "
-            "what comes after them was not looked at",
+            f"stopped: there are {config.max_errors} errors or more (max_errors); "
+            "the rest was not looked at",
             err=True,
         )
     context.exit(report.exit_status)
-
-
-def _validate(
-    files: tuple[str, ...],
-    images: str | None,
-    config: "ValidateConfig",
-    allow_missing_answer: bool,
-    workers: int | None,
-    progress: "Progress | None",
-) -> "tuple[Report, bool]":
-    """The report, and whether it ends at `max_errors`."""
-    from contextlib import closing
-
-    from phi3v_data.validate import ReportBuilder, check
-
-    # Files with rules of their own are looked at one by one.
-    is_alike = len({config.rules_for(file) for file in files}) == 1
-    groups = [files] if is_alike else [(file,) for file in files]
-    every = config.rules()
-    builder = ReportBuilder(every)
-    num_errors = 0
-    for group in groups:
-        checks = check(
-            group,
-            images=images,
-            rules=config.rules_for(group[0]),
-            allow_missing_answer=allow_missing_answer,
-            num_crops=config.num_crops,
-            num_workers=workers,
-            progress=progress if is_alike else None,
-        )
-        with closing(checks):  # type: ignore[type-var]
-            for checked in checks:
-                builder.add(checked)
-                num_errors += sum(d.severity == "error" for d in checked.diagnostics)
-                if config.max_errors is not None and num_errors >= config.max_errors:
-                    return builder.report(list(files)), True
-    return builder.report(list(files)), False
 
 
 @main.command("shard")

@@ -10,16 +10,17 @@
 `docs/validation.md` shows each.
 """
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+from phi3v_data.checked_lines import Progress
 from phi3v_data.diagnostics import Report
 from phi3v_data.report_json import to_json as to_json
 from phi3v_data.report_text import print_text as print_text
 from phi3v_data.report_words import count as count
 from phi3v_data.report_words import printable as printable
-from phi3v_data.validate import Progress
 
 ReportFormat = Literal["text", "concise", "json", "sarif", "github"]
 FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
@@ -62,10 +63,11 @@ def progress_bar(description: str) -> Generator[Progress | None]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    # Not Console.is_terminal: FORCE_COLOR would make that of a pipe.
+    if not sys.stderr.isatty():
         yield None
         return
+    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from phi3v_data.diagnostics import Report
 from phi3v_data.report_source import read_spots
-from phi3v_data.report_words import summary
+from phi3v_data.report_words import printable, summary
 
 
 def to_github(report: Report) -> Iterator[str]:
@@ -28,11 +28,11 @@ def to_github(report: Report) -> Iterator[str]:
         elif diagnostic.column is not None:
             properties["col"] = str(diagnostic.column)
         properties["title"] = f"{diagnostic.code} {names.get(diagnostic.code, '')}".strip()
-        message = diagnostic.message
+        lines = [diagnostic.message]
         if diagnostic.help:
-            message += f"\nhelp: {diagnostic.help}"
-        for label in diagnostic.labels:
-            message += f"\n{label.message}: {spots.position(label)}"
+            lines.append(f"help: {diagnostic.help}")
+        lines += [f"{label.message}: {spots.position(label)}" for label in diagnostic.labels]
+        message = "\n".join(map(printable, lines))
         given = ",".join(f"{key}={_property(value)}" for key, value in properties.items())
         yield f"::{diagnostic.severity} {given}::{_data(message)}"
     yield summary(report)
@@ -43,4 +43,4 @@ def _data(text: str) -> str:
 
 
 def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
+    return _data(printable(text)).replace(":", "%3A").replace(",", "%2C")

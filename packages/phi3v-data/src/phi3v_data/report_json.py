@@ -1,9 +1,9 @@
 """A report as one JSON object: its keys are the fields of `Report` and `Diagnostic`."""
 
-import json
 from dataclasses import asdict
 
 from phi3v_data.diagnostics import Report
+from phi3v_data.report_words import printable_json
 
 JSON_VERSION = 1
 """A key may be added without raising it, never removed or changed."""
@@ -11,7 +11,7 @@ JSON_VERSION = 1
 
 def to_json(report: Report) -> str:
     """The report as one JSON object."""
-    return json.dumps(
+    return printable_json(
         {
             "version": JSON_VERSION,
             "files": report.files,
@@ -24,7 +24,5 @@ def to_json(report: Report) -> str:
             "severities": report.severities,
             "counts": report.counts,
             "diagnostics": [asdict(diagnostic) for diagnostic in report.diagnostics],
-        },
-        indent=2,
-        ensure_ascii=False,
+        }
     )

@@ -11,13 +11,13 @@ Lines and columns count from 1, columns in characters (`columnKind`), ends are e
 has it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from phi3v_data.diagnostics import Diagnostic, Label, Report
 from phi3v_data.report_source import Spots, read_spots
+from phi3v_data.report_words import printable_json
 from phi3v_data.rules.rule import Rule
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -52,7 +52,7 @@ def to_sarif(report: Report) -> str:
         },
     }
     log = {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
-    return json.dumps(log, indent=2, ensure_ascii=False)
+    return printable_json(log)
 
 
 def _rule(code: str, rule: Rule | None, report: Report) -> dict[str, Any]:

@@ -1,11 +1,24 @@
 """The words of a report that every format shares."""
 
+import json
+import re
+
 from phi3v_data.diagnostics import Report
 
 
 def printable(text: str) -> str:
     """`text` with control characters spelt out, so that data cannot write to the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_json(value: object) -> str:
+    """`value` as JSON that a terminal may show: no control character stands in it as it is."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return re.sub(r"[^ -~\n]", _escape_unprintable, text)
+
+
+def _escape_unprintable(match: re.Match[str]) -> str:
+    return match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1]
 
 
 def count(number: int, noun: str) -> str:

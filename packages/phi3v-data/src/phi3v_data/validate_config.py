@@ -6,6 +6,8 @@
     per-file-ignores = {"test*.jsonl" = ["T104"]}
     max-errors = 100
     num_crops = 4
+    level = "full"                         # how closely images are looked at
+    cache = false
     format = "concise"
 
     config = load_config(Path.cwd(), overrides={"ignore": ["D"]})
@@ -26,10 +28,11 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
+from phi3v_data.image_check import Level
 from phi3v_data.rules import all_rules, check_codes
 from phi3v_data.rules.rule import Rule
 
-Level = Literal["error", "warning", "off"]
+SeverityOrOff = Literal["error", "warning", "off"]
 Codes = Annotated[tuple[str, ...], Strict(False)]
 TABLE = "tool.phi3v-data.validate"
 
@@ -47,7 +50,7 @@ class ValidateConfig(BaseModel):
     ignore: Codes = ()
     """Beginnings of codes not to run; stronger than all else."""
 
-    severity: dict[str, Level] = {}
+    severity: dict[str, SeverityOrOff] = {}
     """Beginning of a code → its severity; the longest wins. The full code of a rule that is off by
     default switches it on."""
 
@@ -60,6 +63,12 @@ class ValidateConfig(BaseModel):
 
     num_crops: Annotated[int, Field(ge=1)] = 16
     """Most crops an image in training."""
+
+    level: Level = "deep"
+    """How closely images are looked at."""
+
+    cache: bool = True
+    """Believe what an earlier run found out about images that did not change."""
 
     format: Literal["text", "concise", "json", "sarif", "github"] = "text"
     """How the report is printed."""
@@ -100,7 +109,7 @@ class ValidateConfig(BaseModel):
         )
         return tuple(rule for rule in self.rules() if not rule.code.startswith(ignored or "\0"))
 
-    def _level(self, rule: Rule) -> Level:
+    def _level(self, rule: Rule) -> SeverityOrOff:
         """The severity that the longest matching beginning gives, else the rule's own."""
         named = [prefix for prefix in self.severity if rule.code.startswith(prefix)]
         return self.severity[max(named, key=len)] if named else rule.severity

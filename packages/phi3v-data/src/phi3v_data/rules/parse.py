@@ -4,11 +4,17 @@ A line has at most one of these problems: the first. Repeated keys are named in 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 from phi3v_data.json_line import JsonProblem, ParsedJson, has_repeated_keys, parse_json, shorten
 from phi3v_data.jsonl import byte_order_mark as find_byte_order_mark
 from phi3v_data.rules.rule import Context, Finding, Line
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedLine(Line):
+    """The last line of a file, where it has no line break."""
 
 
 def not_json(line: Line, context: Context) -> Iterator[Finding]:
@@ -18,7 +24,7 @@ def not_json(line: Line, context: Context) -> Iterator[Finding]:
     big JSON list, or pretty-printed over many lines, is not; `jq -c '.[]' list.json` turns a list
     into lines. JSON has no comments, no comma after the last item, no single quotes.
     """
-    if line.error is None or _byte_order_mark(line):
+    if line.error is None or _byte_order_mark(line) or _is_cut_off(line):
         return
     parsed = parse(line.content)
     if isinstance(parsed, ParsedJson):
@@ -68,7 +74,7 @@ def repeated_key(line: Line, context: Context) -> Iterator[Finding]:
     JSON readers differ in which of the two values they take, and most say nothing: what you see in
     an editor is not what you train on. Leave one, or rename one.
     """
-    if line.error is None and not has_repeated_keys(line.content):
+    if not line.content.strip() or (line.error is None and not has_repeated_keys(line.content)):
         return
     parsed = parse(line.content)
     if isinstance(parsed, ParsedJson):
@@ -101,6 +107,41 @@ def too_deep(line: Line, context: Context) -> Iterator[Finding]:
     """
     for problem in _problem(line, "too_deep"):
         yield Finding(f"not JSON: {problem.message}", problem.help, column=problem.start + 1)
+
+
+def blank_line(line: Line, context: Context) -> Iterator[Finding]:
+    """A line is blank, with samples after it.
+
+    Here it is skipped. Other readers of JSON Lines refuse it, or take it for the end. Blank lines
+    at the end of a file are fine.
+    """
+    if not line.content.strip():
+        yield Finding("the line is blank", "some readers stop here: remove it")
+
+
+def cut_off_file(line: Line, context: Context) -> Iterator[Finding]:
+    """The last line ends inside of its JSON, without a line break: the file seems cut off.
+
+    A disk was full, a download or a program was interrupted: more than this line may be missing.
+    Fetch or write the file again.
+    """
+    if not _is_cut_off(line):
+        return
+    problem = parse(line.content)
+    assert isinstance(problem, JsonProblem)
+    ending = problem.message.removeprefix("the line ends ")
+    yield Finding(
+        f"the file ends {ending}: it seems cut off",
+        "fetch or write it again: more than this line may be missing",
+        column=problem.start + 1,
+    )
+
+
+def _is_cut_off(line: Line) -> bool:
+    if line.error is None or not isinstance(line, UnfinishedLine):
+        return False
+    parsed = parse(line.content)
+    return isinstance(parsed, JsonProblem) and parsed.kind == "cut_off"
 
 
 @lru_cache(maxsize=2)  # every rule of a line asks for the same one
