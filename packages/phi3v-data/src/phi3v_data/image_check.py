@@ -22,6 +22,7 @@ import io
 import os
 import re
 import stat
+import time
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -105,13 +106,14 @@ def check_image(
     problem = path_problem(path)
     if problem:
         return ImageCheck("outside", problem)
-    file = os.path.join(root, path)
+    base = os.fspath(root)
+    file = f"{base}/{path}"
     try:
-        folder = _folder_of(os.fspath(root), os.path.dirname(file))
+        folder = _folder_of(base, file[: file.rindex("/")])
         status = os.lstat(file)
         if stat.S_ISLNK(status.st_mode):
             file = os.path.realpath(file)
-            folder = _folder_of(os.fspath(root), os.path.dirname(file))
+            folder = _folder_of(base, os.path.dirname(file))
             status = os.lstat(file)
     except (FileNotFoundError, NotADirectoryError):
         return ImageCheck("missing", "does not exist")
@@ -119,19 +121,19 @@ def check_image(
         return _unreadable(error)
     if not folder.is_inside:
         return ImageCheck("outside", "is a link that leads out of the image root")
+    if stat.S_ISLNK(status.st_mode):
+        return ImageCheck("missing", "does not exist")  # links in a circle
     if not stat.S_ISREG(status.st_mode):
         return ImageCheck("missing", "is not a file")  # a folder, or a pipe that would block
-    if cache is not None:
-        real = os.path.join(folder.real, os.path.basename(file))
+    if cache is None:
+        check = _check_file(file, status.st_size, level)
+    else:
+        real = f"{folder.real}/{file[file.rindex('/') + 1 :]}"
         check = cache.get(real, status)
         if check is None:
-            check = _check_file(file, level)
+            check = _check_file(file, status.st_size, level)
             cache.put(real, status, check)
-    else:
-        check = _check_file(file, level)
-    if folder.names:
-        return _with_path_on_disk(check, folder, path)
-    return check
+    return _with_path_on_disk(check, folder, path) if folder.names else check
 
 
 def path_problem(path: str) -> str:
@@ -170,34 +172,44 @@ class _Folder:
 
 
 def _folder_of(root: str, folder: str) -> _Folder:
-    status = os.stat(folder)
-    return _folder(root, folder, status.st_dev, status.st_ino)
+    """What is known of a folder is believed for a second at most: it may become another."""
+    return _folder(root, folder, int(time.monotonic()))
 
 
 @lru_cache(maxsize=4096)
-def _folder(root: str, folder: str, device: int, inode: int) -> _Folder:
-    """Device and number are there so that a folder is looked at again when it is another."""
-    real, real_root = os.path.realpath(folder), os.path.realpath(root)
+def _folder(root: str, folder: str, tick: int) -> _Folder:
+    status = os.stat(folder)
+    real, real_root = os.path.realpath(folder), _real_root(root, tick)
     is_inside = os.path.commonpath([real_root, real]) == real_root
-    on_disk = parent = ""
-    if is_inside and ignores_case(real):
-        parent = os.path.relpath(folder, root)
-        above = root
-        for name in parent.split(os.sep) if parent != "." else ():
-            on_disk += names_by_lower_case(above).get(name.lower(), name) + "/"
-            above = os.path.join(above, name)
-        return _Folder(real, is_inside, on_disk, names_by_lower_case(real))
-    return _Folder(real, is_inside, on_disk, {})
+    names = _names(real, status.st_dev, status.st_ino, status.st_mtime_ns) if is_inside else {}
+    on_disk, above = "", root
+    relative = os.path.relpath(folder, root) if names else "."
+    for name in relative.split(os.sep) if relative != "." else ():
+        on_disk += names_by_lower_case(above).get(name.lower(), name) + "/"
+        above = os.path.join(above, name)
+    return _Folder(real, is_inside, on_disk, names)
+
+
+@lru_cache(maxsize=64)
+def _real_root(root: str, tick: int) -> str:
+    return os.path.realpath(root)
+
+
+@lru_cache(maxsize=256)
+def _names(folder: str, device: int, inode: int, modified_ns: int) -> dict[str, str]:
+    """`_Folder.names`, listed once while the folder does not change."""
+    return names_by_lower_case(folder) if ignores_case(folder) else {}
 
 
 def ignores_case(folder: str) -> bool:
     """Whether the disk finds the names of `folder` in any case, as macOS and Windows do."""
-    with os.scandir(folder) as entries:
-        name = next((entry.name for entry in entries if entry.name.swapcase() != entry.name), None)
-    if name is None:
-        return False
-    other = os.path.join(folder, name.swapcase())
     try:
+        with os.scandir(folder) as entries:
+            names = (entry.name for entry in entries)
+            name = next((name for name in names if name.swapcase() != name), None)
+        if name is None:
+            return False
+        other = os.path.join(folder, name.swapcase())
         is_same = os.path.samestat(os.lstat(other), os.lstat(os.path.join(folder, name)))
     except OSError:
         return False
@@ -231,7 +243,7 @@ _OPEN = (
 )
 
 
-def _check_file(file: str, level: Level) -> ImageCheck:
+def _check_file(file: str, size: int, level: Level) -> ImageCheck:
     try:
         descriptor = os.open(file, _OPEN)
     except FileNotFoundError:
@@ -239,7 +251,6 @@ def _check_file(file: str, level: Level) -> ImageCheck:
     except OSError as error:
         return _unreadable(error)
     try:
-        size = os.fstat(descriptor).st_size
         if level == "header":
             return _check_header(descriptor, size)
         data = _read_whole(descriptor, size)

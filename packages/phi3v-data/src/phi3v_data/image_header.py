@@ -11,24 +11,29 @@ what is not None is what `probe_image` says, which a test compares on mutated fi
 
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from phi3v_data.images import MAX_PIXELS, ORIENTATION_TAG, ImageInfo
 
 ReadAt = Callable[[int, int], bytes]
 """(position, count) -> so many bytes of the file from there; fewer at its end."""
 
-HEAD_BYTES = 16 << 10
-"""Read at first; most headers end within."""
+HEAD_BYTES = 4 << 10
+"""Read at first; most headers without EXIF end within."""
 
 MOST_HEAD_BYTES = 1 << 20
 """A header that is longer is left to Pillow."""
 
 
-@dataclass(frozen=True, slots=True)
-class JpegHeader:
+image_info = lru_cache(maxsize=4096)(ImageInfo)
+"""One object for all images that are alike: made once, stored once."""
+
+
+class JpegHeader(NamedTuple):
     """A JPEG up to its first pixels."""
 
     info: ImageInfo
@@ -37,8 +42,7 @@ class JpegHeader:
     """Position of the first entropy-coded byte."""
 
 
-@dataclass(frozen=True, slots=True)
-class PngHeader:
+class PngHeader(NamedTuple):
     """A PNG up to its first pixels."""
 
     info: ImageInfo
@@ -55,6 +59,8 @@ class PngHeader:
 
 def read_from(descriptor: int) -> ReadAt:
     """Read from an open file."""
+    if sys.platform != "win32":
+        return lambda position, count: os.pread(descriptor, count, position)
 
     def read_at(position: int, count: int) -> bytes:
         os.lseek(descriptor, position, os.SEEK_SET)
@@ -73,17 +79,17 @@ def read_header(read_at: ReadAt, size: int) -> ImageInfo | None:
     while True:
         head = read_at(0, num_bytes)
         if head.startswith(_JPEG):
-            header = jpeg_header(head)
+            if header := jpeg_header(head):
+                return header.info
         elif head.startswith(_PNG):
-            header = png_header(head)
+            if header := png_header(head):
+                is_all = _ends_plainly(read_at, size, head, header.pixels_start)
+                return header.info if is_all else None
         else:
             return None
-        if header is not None or num_bytes >= min(size, MOST_HEAD_BYTES):
-            break
-        num_bytes *= 8
-    if isinstance(header, PngHeader) and not _ends_plainly(read_at, size, header.pixels_start):
-        return None
-    return header.info if header is not None else None
+        if num_bytes >= min(size, MOST_HEAD_BYTES):
+            return None
+        num_bytes *= 16
 
 
 # --- JPEG -----------------------------------------------------------------------------------------
@@ -129,7 +135,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             if has_xmp_orientation and not has_exif:
                 return None
             width, height = size_wh if orientation < 5 else size_wh[::-1]
-            return JpegHeader(ImageInfo(width, height, mode, "JPEG", orientation), position)
+            return JpegHeader(image_info(width, height, mode, "JPEG", orientation), position)
         if marker in FRAMES:
             num_layers = (position - start - 6) // 3
             if size_wh is not None or num_layers not in _MODE_OF_LAYERS:
@@ -259,8 +265,10 @@ def png_header(data: bytes) -> PngHeader | None:
     row_bytes = 0 if interlace else 1 + (width * bits * num_samples + 7) // 8
     has_alpha = mode in ("LA", "RGBA")
     has_palette = mode != "P"
+    if not is_checksum_right(data, 8, 13):
+        return None
     orientation = -1
-    position = 8
+    position = 33
     while position + 12 <= len(data):
         length, kind = _CHUNK.unpack_from(data, position)
         if kind == b"IDAT":
@@ -270,7 +278,7 @@ def png_header(data: bytes) -> PngHeader | None:
             rows = height
             if orientation >= 5:
                 width, height = height, width
-            info = ImageInfo(
+            info = image_info(
                 width, height, mode, "PNG", orientation, 16 if bits == 16 else 8, has_alpha
             )
             return PngHeader(info, position, row_bytes, rows)
@@ -291,9 +299,6 @@ def png_header(data: bytes) -> PngHeader | None:
             if value is None or value == -1:
                 return None  # without the tag, XMP has the say
             orientation = value
-        elif kind == b"IHDR":
-            if position != 8:
-                return None
         elif not is_plain_chunk(kind, data[start:end]):
             return None
         position = end + 4
@@ -343,21 +348,25 @@ def _is_bounded(compressed: bytes) -> bool:
     return not decompressor.unconsumed_tail
 
 
-def _ends_plainly(read_at: ReadAt, size: int, position: int) -> bool:
+def _ends_plainly(read_at: ReadAt, size: int, head: bytes, position: int) -> bool:
     """Whether a PNG's chunks from its first pixels on end in time and tell no orientation.
 
     Writers cut pixels into chunks of one size, so the last ones are found by arithmetic: where the
     type stands at the computed place, everything before it is pixels. Else it is walked.
     """
-    length, kind = _CHUNK.unpack(read_at(position, 8))
-    last = position + (size - position) // (length + 12) * (length + 12)
-    for guess in (last, last - length - 12):
-        if guess > position and read_at(guess + 4, 4) == b"IDAT":
-            position = guess
-            break
-    is_first = True
+    chunk_bytes = 12 + int.from_bytes(head[position : position + 4])
+    last = size - (size - position) % chunk_bytes
+    header = head[position : position + 8]
+    for guess in (last, last - chunk_bytes):
+        if guess > position:
+            guessed = read_at(guess, 8)
+            if guessed[4:] == b"IDAT":
+                position, header = guess, guessed
+                break
+    if position + 12 + int.from_bytes(header[:4]) == size - 12:
+        return read_at(size - 12, 8) == b"\0\0\0\0IEND"
+    is_past_pixels = False
     while True:
-        header = read_at(position, 8)
         if len(header) < 8:
             return False  # truncated: Pillow says how
         length, kind = _CHUNK.unpack(header)
@@ -366,12 +375,13 @@ def _ends_plainly(read_at: ReadAt, size: int, position: int) -> bool:
         if position + 12 + length > size:
             return False
         if kind == b"IDAT":
-            if not is_first:
-                return False  # pixels after something else
+            if is_past_pixels:
+                return False
         else:
-            is_first = False
+            is_past_pixels = True
             if kind == b"PLTE" or length > _MOST_TEXT_BYTES:
                 return False
             if not is_plain_chunk(kind, read_at(position + 8, length)):
                 return False
         position += 12 + length
+        header = read_at(position, 8)
