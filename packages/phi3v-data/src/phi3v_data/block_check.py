@@ -28,6 +28,7 @@ Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 _encode = msgspec.json.Encoder().encode
+_digest = xxhash.xxh3_64_intdigest
 
 
 @dataclass(frozen=True)
@@ -207,41 +208,39 @@ def _gather(scan: Scan, parsed: dict[int, Sample], options: Options, result: Blo
         samples[number] = parsed.get(number)
     numbers = [number for number, sample in enumerate(samples) if sample is not None]
     found = [sample for sample in samples if sample is not None]
-    digest = xxhash.xxh3_64_intdigest
     result.id_lines = np.array(numbers, dtype=np.int64)
-    result.ids = np.array([digest(sample.id.encode()) for sample in found], dtype=np.uint64)
+    result.ids = np.array([_digest(sample.id.encode()) for sample in found], dtype=np.uint64)
     if options.takes_facts:
-        result.contents = np.array([digest(_content(s)) for s in found], dtype=np.uint64)
-        _gather_labels(numbers, found, result)
+        contents = [_content(scan.lines[n], s) for n, s in zip(numbers, found, strict=True)]
+        result.contents = np.array(contents, dtype=np.uint64)
+        result.labels = _gather_labels(numbers, found)
     if options.takes_images or options.takes_facts:
         _gather_images(numbers, found, result)
 
 
-def _content(sample: QuickSample | Sample) -> bytes:
-    """Images, questions and answers, however they were written."""
-    turns: list[object] = []
-    for turn in sample.conversations:
-        images = turn.images if turn.images is not msgspec.UNSET else ()
-        turns.append((images, turn.user, turn.assistant or None))
-    return _encode(turns)
+def _content(line: bytes, sample: QuickSample | Sample) -> int:
+    """xxh3 of images, questions and answers as they are written; metadata tells nothing."""
+    if type(sample) is QuickSample and sample.metadata is msgspec.UNSET:
+        return _digest(line[line.find(b'"conversations"') :])
+    turns = [(turn.images, turn.user, turn.assistant) for turn in sample.conversations]
+    return _digest(_encode(turns))
 
 
 def _gather_labels(
-    numbers: list[int], samples: "list[QuickSample | Sample]", result: BlockResult
-) -> None:
-    labels: dict[str, tuple[int, int]] = {}
-    for number, sample in zip(numbers, samples, strict=True):
-        if len(sample.conversations) != 1:
-            continue
-        answer = sample.conversations[0].assistant
-        if not isinstance(answer, str):
-            continue
-        if len(answer) > MAX_LABEL_CHARS or (len(labels) > MAX_LABELS and answer not in labels):
-            result.labels = None
-            return
-        count, first = labels.get(answer, (0, number))
-        labels[answer] = (count + 1, first)
-    result.labels = labels
+    numbers: list[int], samples: "list[QuickSample | Sample]"
+) -> dict[str, tuple[int, int]] | None:
+    turns = [sample.conversations[0] for sample in samples if len(sample.conversations) == 1]
+    if len(turns) != len(samples):
+        return None
+    answers = [turn.assistant for turn in turns if turn.assistant]
+    if not answers:
+        return {}
+    if len(answers) != len(samples) or max(map(len, answers)) > MAX_LABEL_CHARS:
+        return None
+    counts = Counter(answers)
+    if len(counts) > MAX_LABELS:
+        return None
+    return {label: (count, numbers[answers.index(label)]) for label, count in counts.items()}
 
 
 def _gather_images(
@@ -251,11 +250,12 @@ def _gather_images(
     for number, sample in zip(numbers, samples, strict=True):
         first = None
         for turn in sample.conversations:
-            if turn.images and turn.images is not msgspec.UNSET:
-                for image in turn.images:
+            paths = turn.images
+            if paths and paths is not msgspec.UNSET:
+                for image in paths:
                     if image not in images:
                         images[image] = number
-                first = first or turn.images[0]
+                first = first or paths[0]
         if first is not None:
             lines.append(number)
             group = group_of(first)

@@ -94,23 +94,27 @@ def scan_block(
         suspects.add(0)
     if lines and not content.endswith(b"\n"):
         suspects.add(len(lines) - 1)  # perhaps cut off
-    samples: list[QuickSample | None] = []
-    num_keys: list[int] = []
-    for number, line in enumerate(lines):
-        try:
-            sample = _decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            samples.append(None)
-            num_keys.append(-1)
-            continue
-        samples.append(sample)
-        num_keys.append(_num_keys(sample))
-        if not _is_plain(sample, allow_missing_answer):
-            suspects.add(number)
+    samples = _decode_all(lines)
+    num_keys, plain = _look_at(samples, allow_missing_answer)
+    suspects.update(number for number, is_plain in enumerate(plain) if not is_plain)
     differs = _count_keys(array, ends) != np.array(num_keys, dtype=np.int64)
     suspects.update(np.flatnonzero(differs).tolist())
     suspects.update(n for n in _gaps_after_quotes(array, ends) if _SPACED_KEY.search(lines[n]))
     return Scan(lines, samples, sorted(suspects))
+
+
+def _decode_all(lines: list[bytes]) -> list[QuickSample | None]:
+    """A sample of each line; None where it does not decode."""
+    samples: list[QuickSample | None] = []
+    rest = iter(lines)
+    while True:
+        try:
+            # Where a line does not decode, those before it are in the list, it is out of `rest`.
+            samples.extend(map(_decode, rest))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            samples.append(None)
+        else:
+            return samples
 
 
 def _byte_suspects(array: Bytes, ends: Places) -> set[int]:
@@ -151,6 +155,41 @@ def _gaps_after_quotes(array: Bytes, ends: Places) -> list[int]:
     places = np.flatnonzero(is_gap) + 1
     places = places[array[places + 1] != _BREAK]
     return np.unique(np.searchsorted(ends, places)).tolist()
+
+
+def _look_at(
+    samples: list[QuickSample | None], allow_missing_answer: bool
+) -> tuple[list[int], list[bool]]:
+    """Of each sample: its keys; whether schema and the rules about answers hold without question.
+
+    The first half is for the most common kind of sample, and says what the functions below say.
+    """
+    unset = msgspec.UNSET
+    num_keys: list[int] = []
+    plain: list[bool] = []
+    for sample in samples:
+        if sample is None:
+            num_keys.append(-1)
+            plain.append(False)
+            continue
+        turns = sample.conversations
+        if len(turns) == 1 and sample.metadata is unset:
+            turn = turns[0]
+            answer = turn.assistant
+            if (
+                answer
+                and turn.answers is unset
+                and len(answer) < LONG_ANSWER_CHARS
+                and sample.id
+                and sample.source
+                and not answer.isspace()
+            ):
+                num_keys.append(5 if turn.images is unset else 6)
+                plain.append(True)
+                continue
+        num_keys.append(_num_keys(sample))
+        plain.append(_is_plain(sample, allow_missing_answer))
+    return num_keys, plain
 
 
 def _num_keys(sample: QuickSample) -> int:
