@@ -629,7 +629,8 @@ def assert_second_fix_changes_nothing(folder: Path, lines: list[bytes], unsafe: 
     (first,) = fix_files([folder / "x.jsonl"], unsafe=unsafe).files
     fixed = (folder / "x.fixed.jsonl").read_bytes()
     (second,) = fix_files([folder / "x.fixed.jsonl"], unsafe=unsafe).files
-    left = Counter(validate([folder / "x.fixed.jsonl"]).counts)
+    of_data_set = [rule.code for rule in RULES if rule.subject == "dataset"]
+    left = Counter(validate([folder / "x.fixed.jsonl"], ignore=of_data_set).counts)
 
     assert (folder / "x.fixed.fixed.jsonl").read_bytes() == fixed
     assert (second.is_changed, second.num_dropped, second.num_repaired) == (False, 0, 0)
