@@ -20,6 +20,7 @@ def to_json(report: Report) -> str:
             "num_images": report.num_images,
             "num_errors": report.num_errors,
             "num_warnings": report.num_warnings,
+            "is_complete": report.is_complete,
             "rules": report.rules,
             "severities": report.severities,
             "counts": report.counts,
