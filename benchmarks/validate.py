@@ -9,9 +9,9 @@
     pydantic    `Sample.model_validate_json` on every line in one process, which checks types only
     DuckDB      `read_json` of the file, counting rows and characters of its columns: checks nothing
 
-All on the same lines of about 600 bytes (text only, a question, an answer of classes), in turns; the
-medians of ratios of wall time over the rounds. `memory` is the largest sum over our processes of
-PSS, the share of memory that is each one's own, read from /proc every 20 ms in a run of its own.
+All on the same lines of about 600 bytes (text only, a question, a class for an answer), in turns;
+the medians of ratios of wall time over the rounds. `memory` is the largest sum over our processes
+of PSS, the share of memory that is each one's own, read from /proc every 20 ms in a run apart.
 """
 
 import json
