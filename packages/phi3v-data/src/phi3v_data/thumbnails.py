@@ -25,9 +25,9 @@ EDGES_PX = (1024, 768, 640, 512, 384, 320, 256, 192, 160, 128, 96, 64, 48)
 """Longest edges to choose from."""
 
 PLANS: tuple[tuple[int | None, int], ...] = (
-    *((None, edge) for edge in EDGES_PX if edge >= 96),
-    *((4, edge) for edge in EDGES_PX if edge >= 96),
-    *((2, edge) for edge in EDGES_PX if edge >= 96),
+    *((None, edge) for edge in EDGES_PX if edge >= 128),
+    *((4, edge) for edge in EDGES_PX if edge >= 128),
+    *((2, edge) for edge in EDGES_PX if edge >= 128),
     *((1, edge) for edge in EDGES_PX),
 )
 """(pictures of each group, longest edge), best first: four frames that can be recognised tell more
@@ -39,7 +39,7 @@ NUM_MEASURED = 48
 MARGIN = 1.06
 """Room for those that come out larger than the measured ones."""
 
-QUALITY = 70
+QUALITY = 65
 
 
 @dataclass(frozen=True, slots=True)
