@@ -1,6 +1,7 @@
 """Damaged lines by the thousand: the validator says what is wrong, and nothing else happens."""
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -84,14 +85,19 @@ def fuzz(root: Path, num_lines: int, seed: int, *, batch_lines: int, compare_eve
         How many lines were valid.
     """
     mutator = LineMutator(seed)
-    num_valid = 0
+    num_valid, fastest = 0, math.inf
     for batch in range(num_lines // batch_lines):
         lines = [mutator.line() for _ in range(batch_lines)]
         (root / "x.jsonl").write_bytes(b"\n".join(lines) + b"\n")
         is_compared = batch % compare_every == 0
         # Mutations of one seed share its id, which would leave no line valid.
         ignore = ["D"] if is_compared else []
+        started = time.perf_counter()
         report = validate([root / "x.jsonl"], ignore=ignore, num_workers=1)
+        seconds = time.perf_counter() - started
+        fastest = min(fastest, seconds)
+        if seconds > 2 * fastest + MOST_SECONDS:  # a busy machine, or one slow line?
+            assert slow_line(lines, lambda some: say_all(root, some)) is None
         num_valid += report.num_valid
         if is_compared:
             all_checked = say_all(root, lines)
@@ -157,7 +163,7 @@ def test_a_million_damaged_lines(root: Path):
 
         sys.addaudithook(watch)
         started = time.perf_counter()
-        num_valid = fuzz(folder, num_lines, seed, batch_lines=20_000, compare_every=5)
+        num_valid = fuzz(folder, num_lines, seed, batch_lines=20_000, compare_every=10)
         seconds = time.perf_counter() - started
         print(num_valid, len(opened_outside), int(peak_mb()), int(seconds))
     """
@@ -165,7 +171,7 @@ def test_a_million_damaged_lines(root: Path):
     output = run_measured(script, root, 1_000_000, 4, tests)
     num_valid, num_opened_outside, peak_mb, _ = map(int, output.split())
 
-    assert num_valid > 10_000
+    assert num_valid > 4000
     assert num_opened_outside == 0
     assert peak_mb < 500
 
