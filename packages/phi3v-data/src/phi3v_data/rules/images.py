@@ -1,10 +1,11 @@
 """I: images."""
 
 import os
-from collections.abc import Iterator
+import posixpath
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 
-from phi3v_data.image_check import ImageCheck
+from phi3v_data.image_check import ImageCheck, names_by_lower_case
 from phi3v_data.images import formats_of_extension
 from phi3v_data.rules.rule import Context, Finding
 from phi3v_data.schema import Sample
@@ -17,14 +18,14 @@ MOST_CROPS = 16
 
 
 def missing_image(sample: Sample, context: Context) -> Iterator[Finding]:
-    """An image file is not there, or cannot be read.
+    """An image file is not there.
 
     Paths are relative to the image root: `images/` beside the JSONL file if there is one, else
     the file's own folder, or what `--images` says. Where no image of a file is found, the root is
     wrong and that is reported once.
     """
     for pointer, path, check in _images(sample, context):
-        if check.kind == "missing":
+        if check.kind == "missing" and check.cause != "unreadable":
             yield Finding(f"image {path!r} {check.problem}", _case_help(path, context), pointer)
 
 
@@ -37,23 +38,28 @@ def _case_help(path: str, context: Context) -> str:
     )
 
 
-@lru_cache(maxsize=64)  # one listing a folder, not one a missing file
-def _names_by_lower_case(folder: str) -> dict[str, str]:
-    try:
-        return {name.lower(): name for name in sorted(os.listdir(folder))}
-    except OSError:
-        return {}
+# One listing a folder, not one a missing file.
+_names_by_lower_case = lru_cache(maxsize=64)(names_by_lower_case)
 
 
 def undecodable_image(sample: Sample, context: Context) -> Iterator[Finding]:
     """An image file does not decode as a whole.
 
-    It is empty, truncated, damaged, not an image, or a decompression bomb. Each distinct file is
-    decoded once, completely: a header can be whole where the pixels are not.
+    It is empty, truncated, damaged, or not an image. A header can be whole where the pixels are
+    not, so every distinct file is looked at to its end; the verdict is that of a full decode by
+    Pillow, as training does it. `--deep full` really decodes everything. At the header level
+    (`--deep header`) only files are found that do not even start as an image.
     """
     for pointer, path, check in _images(sample, context):
-        if check.kind == "undecodable":
-            yield Finding(f"image {path!r} {check.problem}", "", pointer)
+        if check.kind == "undecodable" and check.cause != "too_large":
+            help = _HELP_BY_CAUSE.get(check.cause, "")
+            yield Finding(f"image {path!r} {check.problem}", help, pointer)
+
+
+_HELP_BY_CAUSE = {
+    "empty": "fetch it again: nothing of it has arrived",
+    "truncated": "fetch it again: its end is missing",
+}
 
 
 def image_outside_root(sample: Sample, context: Context) -> Iterator[Finding]:
@@ -107,6 +113,212 @@ def extreme_aspect_ratio(sample: Sample, context: Context) -> Iterator[Finding]:
                     help,
                     pointer,
                 )
+
+
+def unreadable_image(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image file is there, and the system does not let it be read.
+
+    Most often it belongs to somebody else (`chmod a+r`), or lies in a folder that does (`chmod
+    a+rx`). Disks that fail and network disks that are gone end here too.
+    """
+    for pointer, path, check in _images(sample, context):
+        if check.cause == "unreadable":
+            help = "check who may read it and its folder"
+            yield Finding(f"image {path!r} {check.problem}", help, pointer)
+
+
+def too_many_pixels(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image has more pixels than are decoded.
+
+    More than 178,956,970 of them (Pillow's own limit), as its header says. That may be a
+    decompression bomb: a small file that fills the memory. If it is a real picture, make it
+    smaller; the model sees 16 x 336 x 336 of its pixels at most.
+    """
+    for pointer, path, check in _images(sample, context):
+        if check.cause == "too_large":
+            help = f"make it smaller: the model sees at most {MOST_CROPS * CROP_SIDE_PX**2:,}"
+            yield Finding(f"image {path!r} {check.problem}", help, pointer)
+
+
+def other_case_on_disk(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image path differs from the file's name in upper and lower case.
+
+    It is found all the same, since this disk ignores case, as those of macOS and Windows do. The
+    disk of a training machine will not find it. (A disk that minds case gives I101 instead.)
+    """
+    for pointer, path, check in _images(sample, context):
+        if check.path_on_disk:
+            yield Finding(
+                f"image {path!r} is {check.path_on_disk!r} on disk",
+                "write it as it is on disk: only disks that ignore case find it",
+                pointer,
+            )
+
+
+TINY_PX = 8
+"""Images with no side of so many pixels are reported as tiny."""
+
+
+def tiny_image(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image is less than 8 pixels wide and high.
+
+    Such files are tracking pixels, spacers, or what a server sends in place of a deleted picture.
+    The model sees at least 24 x 24 patches of every image, so each pixel would fill three patches
+    in each direction. Small pictures that are meant (icons, digits of 28 x 28) are not reported.
+    """
+    for pointer, path, check in _images(sample, context):
+        info = check.info
+        if info and info.width < TINY_PX and info.height < TINY_PX:
+            yield Finding(
+                f"image {path!r} is {info.width}x{info.height} (width x height): hardly a picture",
+                "leave it out if it stands for one that is gone",
+                pointer,
+            )
+
+
+def turned_by_exif(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image is stored turned, and its EXIF orientation says how to turn it back.
+
+    Training here turns it upright, as viewers do, and sizes are those after turning. The published
+    code ignores the orientation, and so do many tools: boxes and coordinates in answers may be
+    meant for the picture as stored. Photos of phones are often like this.
+    """
+    for pointer, path, check in _images(sample, context):
+        if check.info and check.info.orientation != 1:
+            yield Finding(
+                f"image {path!r} is stored turned: EXIF orientation {check.info.orientation}",
+                "it is turned upright for training; coordinates in answers must be of that",
+                pointer,
+            )
+
+
+def cmyk_image(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image has the colours of print: CMYK.
+
+    Training converts it to RGB by plain arithmetic, without its colour profile, as the published
+    processor does. Colours come out harsher than in a viewer. Convert it with its profile if
+    colours matter.
+    """
+    for pointer, path, check in _images(sample, context):
+        if check.info and check.info.mode == "CMYK":
+            help = "its colours will be harsher than in a viewer; save it as RGB"
+            yield Finding(f"image {path!r} is CMYK", help, pointer)
+
+
+def palette_image(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image has a palette.
+
+    Training looks every pixel up in it, and nothing is lost. But pictures that were reduced to 256
+    colours or fewer have bands and dots where the original has none. (A GIF always has a palette;
+    it is not reported.)
+    """
+    for pointer, path, check in _images(sample, context):
+        if check.info and check.info.mode in ("P", "PA") and check.info.format != "GIF":
+            help = "it is converted to RGB; use the original if it was reduced to a palette"
+            yield Finding(f"image {path!r} has a palette", help, pointer)
+
+
+def transparent_image(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image has transparency: an alpha channel, or a colour that is marked as transparent.
+
+    Training drops alpha, as the published processor does: it does not blend. Where a viewer shows
+    the background, the model sees whatever colour the file happens to have there, often black.
+    Lay it on a background of your choice if any of it is really transparent; the header does not
+    tell.
+    """
+    for pointer, path, check in _images(sample, context):
+        if check.info and check.info.has_alpha:
+            help = "alpha is dropped, not blended; lay it on a background if it is see-through"
+            yield Finding(f"image {path!r} has transparency", help, pointer)
+
+
+def deep_image(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image has more than 8 bits a sample.
+
+    Training keeps the high byte of 16 bits. Scientific and medical pictures often use a small part
+    of the range, and come out all but black: scale them to 8 bits yourself, by the window that
+    matters. (32-bit pixels have no defined white level and are refused, I102.)
+    """
+    for pointer, path, check in _images(sample, context):
+        if check.info and check.info.bits > 8:
+            help = (
+                "of each the high byte is kept; scale it to 8 bits if it uses little of the range"
+            )
+            yield Finding(f"image {path!r} has more than 8 bits a sample", help, pointer)
+
+
+def animated_image(sample: Sample, context: Context) -> Iterator[Finding]:
+    """An image has several frames, or pages.
+
+    Training sees the first only. Where the others matter, give them as images of their own;
+    `phi3v-data convert video` makes frames out of clips.
+    """
+    for pointer, path, check in _images(sample, context):
+        if check.info and check.info.is_animated:
+            help = "only the first is seen; give the others as images of their own if they matter"
+            yield Finding(f"image {path!r} has several frames", help, pointer)
+
+
+def is_plain(path: str, check: ImageCheck, num_crops: int) -> bool:
+    """Whether none of the rules of this module has anything to say: true of most images.
+
+    Many times faster than to run them.
+    """
+    info = check.info
+    if check.kind != "ok" or info is None or check.path_on_disk:
+        return False
+    promised = formats_of_extension(path)
+    short, long = sorted((info.width, info.height))
+    return (
+        info.mode in ("RGB", "L", "1", "YCbCr")
+        and info.orientation == 1
+        and info.bits == 8
+        and not (info.has_alpha or info.is_animated)
+        and (not promised or info.format in promised)
+        and long >= TINY_PX
+        and long <= CROP_SIDE_PX * num_crops * short
+    )
+
+
+def unused_files(root: str | os.PathLike[str], referenced: Collection[str]) -> Iterator[str]:
+    """Yield the image files under `root` that no sample names, as POSIX paths relative to it.
+
+    Files count as images by their extension. Folders are listed one at a time, in order of name;
+    links to folders are not followed.
+
+    Args:
+        root: the image root.
+        referenced: every image path of all samples; a set.
+
+    Raises:
+        OSError: `root` cannot be listed. Folders within that cannot are left out.
+    """
+    # Paths that are written in an odd way: ./a.jpg, b//c.jpg.
+    odd = {normal for path in referenced if (normal := posixpath.normpath(path)) != path}
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(os.path.join(root, folder)) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            if not folder:
+                raise
+            continue
+        folders.extend(
+            f"{folder}{entry.name}/"
+            for entry in reversed(entries)
+            if entry.is_dir(follow_symlinks=False)
+        )
+        for entry in entries:
+            path = folder + entry.name
+            if (
+                path not in referenced
+                and path not in odd
+                and formats_of_extension(path)
+                and entry.is_file()
+            ):
+                yield path
 
 
 def _images(sample: Sample, context: Context) -> Iterator[tuple[str, str, ImageCheck]]:
