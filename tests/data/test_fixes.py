@@ -466,6 +466,18 @@ def test_only_what_the_given_rules_find_is_repaired(root: Path):
     assert b"A.PNG" in (root / "x.fixed.jsonl").read_bytes()
 
 
+def test_rules_may_differ_from_file_to_file(root: Path):
+    for name in ("train", "val"):
+        (root / f"{name}.jsonl").write_bytes(line(id=3) + b"\n")
+    val = str(root / "val.jsonl")
+    result = fix_files(
+        [root / "train.jsonl", val],
+        rules_for=lambda file: select_rules(ignore=("S",)) if file == val else select_rules(),
+    )
+
+    assert [file.fixed for file in result.files] == [{"S104": 1}, {}]
+
+
 def test_answers_of_test_splits_may_be_left_out(root: Path):
     content = line(turn(assistant=" ", answers=[" "])) + b"\n"
     fix(root, content, unsafe=True, allow_missing_answer=True)

@@ -113,6 +113,7 @@ def fix_files(
     in_place: bool = False,
     out_dir: AnyPath | None = None,
     rules: tuple[Rule, ...] | None = None,
+    rules_for: Callable[[str], tuple[Rule, ...]] | None = None,
     allow_missing_answer: bool = False,
     num_crops: int = 16,
     num_workers: int | None = None,
@@ -132,6 +133,7 @@ def fix_files(
             `train.fixed.jsonl` beside it.
         rules: what to look for, by default what `validate` does; what no rule finds is not
             repaired.
+        rules_for: which rules run on a file, instead of `rules`.
         allow_missing_answer: the last turn may lack its answer (test splits).
         num_crops: as in `validate`.
         num_workers: as in `validate`.
@@ -166,7 +168,8 @@ def fix_files(
             if progress is not None:
                 progress(min(before + part, total), total)
 
-        files.append(_FileFix(source, target, in_place, unsafe, rules, options).run(shown))
+        of_file = rules if rules_for is None else rules_for(os.fspath(source))
+        files.append(_FileFix(source, target, in_place, unsafe, of_file, options).run(shown))
         done += source.stat().st_size
     if progress is not None:
         progress(total, total)
