@@ -12,9 +12,13 @@ stack of its own instead of calling itself, so that no nesting can exhaust Pytho
 Places are characters of the decoded line, from 0, with the end excluded.
 """
 
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from json import JSONDecodeError
+from json.decoder import scanstring  # type: ignore[attr-defined]  # documented by its use in json
+from typing import Literal, cast
 
 MAX_DEPTH = 100
 """Objects and lists within one another. A sample needs four."""
@@ -98,8 +102,6 @@ def has_repeated_keys(line: bytes) -> bool:
 
     For lines that another parser has taken: on others it may raise ValueError.
     """
-    import json
-
     is_repeated = False
 
     def look(pairs: list[tuple[str, object]]) -> None:
@@ -146,6 +148,8 @@ class _Open:
     """Of an object: its keys so far."""
 
 
+_scan_string = cast("Callable[[str, int, bool], tuple[str, int]]", scanstring)
+
 _BLANK = re.compile(r"[ \t\n\r]*")
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
@@ -153,7 +157,7 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _BEGUN_NUMBER = re.compile(r"-?(?:(?:0|[1-9][0-9]*)(?:\.|(?:\.[0-9]+)?[eE][+-]?)?)?")
 _WORD = re.compile(r"[-+.\w]+")
 _NOT_FINITE = re.compile(r"[-+]?(?:nan|inf|infinity)", re.IGNORECASE)
-_UNESCAPED = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LITERALS: dict[str, object] = {"true": True, "false": False, "null": None}
 
 
@@ -322,39 +326,42 @@ class _Scanner:
         raise self._problem("not_json", f"{shown!r} is not a JSON value", start, match.end(), help)
 
     def _string(self) -> str:
-        text, start = self.text, self.position
-        pieces: list[str] = []
+        try:
+            value, end = _scan_string(self.text, self.position + 1, True)
+        except JSONDecodeError:
+            return self._faulty_string()
+        if _SURROGATE.search(value):
+            return self._faulty_string()
+        self.position = end
+        return value
+
+    def _faulty_string(self) -> str:
+        """Walk through a string that Python's C reader refuses, or that holds half a pair."""
         self.position += 1
         while True:
-            match = _PLAIN.match(text, self.position)
+            match = _PLAIN.match(self.text, self.position)
             assert match is not None
-            pieces.append(match[0])
             self.position = match.end()
             character = self._next()
-            if character == '"':
-                self.position += 1
-                return "".join(pieces)
             if not character:
                 raise self._cut_off("a string")
             if character == "\\":
-                pieces.append(self._escape())
-            else:
-                raise self._problem(
-                    "not_json",
-                    f"control character U+{ord(character):04X} in a string",
-                    self.position,
-                    self.position + 1,
-                    "write it as an escape, "
-                    + {"\n": r"\n", "\t": r"\t", "\r": r"\r"}.get(
-                        character, rf"\u{ord(character):04x}"
-                    ),
-                )
-            if len(pieces) > 1 << 20:
-                pieces = ["".join(pieces)]
-            assert self.position > start
+                self._escape()
+                continue
+            assert character != '"', "the string has a fault"
+            raise self._problem(
+                "not_json",
+                f"control character U+{ord(character):04X} in a string",
+                self.position,
+                self.position + 1,
+                "write it as an escape, "
+                + {"\n": r"\n", "\t": r"\t", "\r": r"\r"}.get(
+                    character, rf"\u{ord(character):04x}"
+                ),
+            )
 
-    def _escape(self) -> str:
-        """The character of the escape at the position, and past it."""
+    def _escape(self) -> None:
+        """Go past the escape at the position."""
         text, start = self.text, self.position
         match = _ESCAPE.match(text, start)
         if match is None:
@@ -372,15 +379,13 @@ class _Scanner:
             )
         self.position = match.end()
         escape = match[0]
-        if escape[1] != "u":
-            return _UNESCAPED.get(escape[1], escape[1])
-        code = int(escape[2:], 16)
+        code = int(escape[2:], 16) if escape[1] == "u" else 0
         if not 0xD800 <= code <= 0xDFFF:
-            return chr(code)
+            return
         low = _ESCAPE.match(text, self.position)
         if code <= 0xDBFF and low and re.fullmatch(r"\\u[dD][c-fC-F]..", low[0]):
             self.position = low.end()
-            return chr(0x10000 + ((code - 0xD800) << 10) + int(low[0][2:], 16) - 0xDC00)
+            return
         raise self._problem(
             "not_json",
             f"{escape} is half of a surrogate pair",
