@@ -58,16 +58,15 @@ def test_what_does_not_decode_has_a_problem_and_no_picture(tmp_path: Path):
 
 
 def test_the_plan_takes_the_largest_pictures_that_fit(tmp_path: Path):
-    files = [noise(tmp_path / f"{i}.png", 640, 480, seed=i) for i in range(4)]
-    groups = [files]
+    files = [noise(tmp_path / f"{i}.png", seed=i) for i in range(4)]
     of_edge = {
-        edge: sum(len(thumbnail.data) for _, thumbnail in draw(files, edge)) for edge in EDGES_PX
+        edge: sum(len(thumbnail.data) for _, thumbnail in draw(files, edge)) for edge in (160, 128)
     }
 
-    assert plan_thumbnails(groups, 1e9) == Plan(1024, None)
-    assert plan_thumbnails(groups, of_edge[320] * 1.1) == Plan(320, None)
-    assert plan_thumbnails(groups, of_edge[128] * 1.1 / 2) == Plan(128, 2)
-    assert plan_thumbnails(groups, 10) == Plan(EDGES_PX[-1], 1)
+    assert plan_thumbnails([files], 1e9) == Plan(EDGES_PX[0], None)
+    assert plan_thumbnails([files], of_edge[160] * 1.1) == Plan(160, None)
+    assert plan_thumbnails([files], of_edge[128] * 1.1 / 2) == Plan(128, 2)
+    assert plan_thumbnails([files], 10) == Plan(EDGES_PX[-1], 1)
 
 
 def test_without_images_there_is_a_plan_too():

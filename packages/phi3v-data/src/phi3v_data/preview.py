@@ -30,13 +30,14 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from phi3v_data.atomic import open_atomic
+from phi3v_data.checked_lines import Checked, check
 from phi3v_data.diagnostics import Diagnostic
 from phi3v_data.image_place import ImagePlaces, MisplacedImage
 from phi3v_data.jsonl import default_image_root, read_lines
 from phi3v_data.rules import RULES, select_rules
 from phi3v_data.rules.rule import Rule
 from phi3v_data.thumbnails import Plan, draw, plan_thumbnails, spread
-from phi3v_data.validate import Checked, check
+from phi3v_data.validate import validate
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 
@@ -147,24 +148,36 @@ def write_preview(
         least = (template.num_bytes + 100_000) / 1_000_000
         raise ValueError(f"max_mb: expected {least:.2f} or more, got {max_mb}")
 
-    chosen = _choose(
-        paths,
-        max_samples,
-        lambda: check(
-            paths,
-            images=images,
-            rules=rules,
-            allow_missing_answer=allow_missing_answer,
-            num_crops=num_crops,
-            num_workers=num_workers,
-            progress=lambda done, total: report("checking", done, total),
-        ),
+    files = list(dict.fromkeys(os.fspath(path) for path in paths))
+    lines = check(
+        files,
+        images=images,
+        rules=tuple(rule for rule in rules if rule.subject != "dataset"),
+        allow_missing_answer=allow_missing_answer,
+        num_crops=num_crops,
+        num_workers=num_workers,
+        progress=lambda done, total: report("checking lines", done, total),
     )
+    across = [rule.code for rule in rules if rule.subject == "dataset"]
+    found: tuple[Diagnostic, ...] = ()
+    counts: dict[str, int] = {}
+    if across:
+        checked = validate(
+            files,
+            images=images,
+            select=across,
+            allow_missing_answer=allow_missing_answer,
+            num_workers=num_workers,
+            progress=lambda done, total: report("checking across samples", done, total),
+        )
+        found, counts = checked.diagnostics, checked.counts
+    chosen = _choose(files, max_samples, lines, found)
+    chosen.counts.update(counts)
     rows: list[_Row] = chosen.rows
     notes = list(chosen.notes)
     shown = [_read_loosely(row.content) for row in rows]
 
-    roots = [default_image_root(path) if images is None else Path(images) for path in paths]
+    roots = [default_image_root(path) if images is None else Path(images) for path in files]
     gallery = _Gallery(roots)
     groups = [gallery.add(row.file, sample) for row, sample in zip(rows, shown, strict=True)]
 
@@ -172,7 +185,7 @@ def write_preview(
     content: dict[str, Any] = {}
     encoded = b""
     for limit in TEXT_LIMITS:
-        content = _content(paths, rules, rows, shown, groups, gallery, chosen, limit)
+        content = _content(files, rules, rows, shown, groups, gallery, chosen, limit)
         encoded = _json(content)
         if len(encoded) <= budget // 2:
             break
@@ -181,7 +194,7 @@ def write_preview(
         rows, shown = [rows[i] for i in keep], [shown[i] for i in keep]
         gallery = _Gallery(roots)
         groups = [gallery.add(row.file, sample) for row, sample in zip(rows, shown, strict=True)]
-        content = _content(paths, rules, rows, shown, groups, gallery, chosen, TEXT_LIMITS[-1])
+        content = _content(files, rules, rows, shown, groups, gallery, chosen, TEXT_LIMITS[-1])
         encoded = _json(content)
     if len(rows) < len(chosen.rows):
         notes.append(f"texts are long: only {len(rows):,} samples fit")
@@ -228,18 +241,27 @@ class _Chosen:
 
 
 def _choose(
-    paths: Sequence[AnyPath], max_samples: int, checked_lines: Callable[[], Iterator[Checked]]
+    paths: Sequence[str],
+    max_samples: int,
+    lines: Iterator[Checked],
+    across: Sequence[Diagnostic],
 ) -> _Chosen:
     """Every line is checked; some are kept: an even part of them, and faulty ones."""
-    lines = checked_lines()  # complains about arguments before anything is read
+    of_line: dict[tuple[str, int], list[Diagnostic]] = {}
+    for diagnostic in across:
+        if diagnostic.line is not None:
+            of_line.setdefault((diagnostic.file, diagnostic.line), []).append(diagnostic)
     num_lines = [sum(1 for _ in read_lines(path)) for path in paths]
     total = sum(num_lines)
     num_reserved = max_samples // FAULTY_SHARE if total > max_samples else 0
     even = set(spread(total, max_samples - num_reserved))
-    chosen = _Chosen(num_lines)
-    number_of = {os.fspath(path): number for number, path in enumerate(paths)}
+    chosen = _Chosen(num_lines, general=[d for d in across if d.line is None])
+    number_of = {path: number for number, path in enumerate(paths)}
     for position, line in enumerate(lines):
-        own = tuple(d for d in line.diagnostics if d.line is not None)
+        own = (
+            *(d for d in line.diagnostics if d.line is not None),
+            *of_line.get((line.file, line.line), ()),
+        )
         chosen.general += [d for d in line.diagnostics if d.line is None]
         chosen.counts.update(d.code for d in line.diagnostics)
         chosen.num_faulty += bool(own)
@@ -474,13 +496,14 @@ def _content(
     }
 
 
-def _finding(diagnostic: Diagnostic) -> list[str]:
+def _finding(diagnostic: Diagnostic) -> list[Any]:
     return [
         diagnostic.code,
         diagnostic.severity,
         diagnostic.message[:1000],
         diagnostic.help[:1000],
         diagnostic.pointer,
+        [[label.message[:200], label.file, label.line] for label in diagnostic.labels[:10]],
     ]
 
 

@@ -33,7 +33,7 @@ PLANS: tuple[tuple[int | None, int], ...] = (
 """(pictures of each group, longest edge), best first: four frames that can be recognised tell more
 than sixteen that cannot."""
 
-NUM_MEASURED = 48
+NUM_MEASURED = 32
 """Images drawn to estimate how large all of them will be."""
 
 MARGIN = 1.06
@@ -84,23 +84,32 @@ def plan_thumbnails(groups: Sequence[Sequence[str]], budget_bytes: float) -> Pla
     """
     files = sorted({file for group in groups for file in group})
     measured = [files[position] for position in spread(len(files), NUM_MEASURED)]
-    sizes: dict[int, list[int]] = {edge: [] for edge in EDGES_PX}
-    for file in measured:
-        try:
-            image = _load(file, EDGES_PX[0])
-        except (ImageError, OSError):
-            continue  # drawing will say so
-        for edge in EDGES_PX:
-            sizes[edge].append(len(_encode(image, edge)))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+        of_file = [sizes for sizes in executor.map(_sizes, measured) if sizes]
     plan = Plan(EDGES_PX[0], None)
     for max_per_group, edge in PLANS:
         plan = Plan(edge, max_per_group)
-        if not sizes[edge]:
+        if not of_file:
             break
-        mean = sum(sizes[edge]) / len(sizes[edge])
+        mean = sum(sizes[edge] for sizes in of_file) / len(of_file)
         if mean * MARGIN * _num_drawn(groups, max_per_group) <= budget_bytes:
             break
     return plan
+
+
+def _sizes(file: str) -> dict[int, int]:
+    """Longest edge → bytes of the picture; empty if it cannot be drawn, which drawing will say."""
+    try:
+        image = _load(file, EDGES_PX[0])
+    except (ImageError, OSError):
+        return {}
+    sizes: dict[int, int] = {}
+    size = 0
+    for edge in EDGES_PX:
+        if not sizes or max(image.size) > edge:  # larger ones are all the image as it is
+            size = len(_encode(image, edge))
+        sizes[edge] = size
+    return sizes
 
 
 def _num_drawn(groups: Sequence[Sequence[str]], max_per_group: int | None) -> int:
