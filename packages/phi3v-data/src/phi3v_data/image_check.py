@@ -20,10 +20,12 @@ that were checked.
 
 import io
 import os
+import posixpath
 import re
 import stat
 import time
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -133,7 +135,7 @@ def check_image(
         if check is None:
             check = _check_file(file, status.st_size, level)
             cache.put(real, status, check)
-    return _with_path_on_disk(check, folder, path) if folder.names else check
+    return _with_path_on_disk(check, base, path) if folder.ignores_case else check
 
 
 def path_problem(path: str) -> str:
@@ -164,11 +166,8 @@ class _Folder:
     is_inside: bool
     """Whether it is under the image root."""
 
-    on_disk: str
-    """Its path from the root as the disk has it, `/` at the end; empty for the root."""
-
-    names: dict[str, str]
-    """Lower case -> name, of all it holds where the disk ignores case; else empty."""
+    ignores_case: bool
+    """Whether its disk finds names in any case."""
 
 
 def _folder_of(root: str, folder: str) -> _Folder:
@@ -178,27 +177,14 @@ def _folder_of(root: str, folder: str) -> _Folder:
 
 @lru_cache(maxsize=4096)
 def _folder(root: str, folder: str, tick: int) -> _Folder:
-    status = os.stat(folder)
-    real, real_root = os.path.realpath(folder), _real_root(root, tick)
+    real, real_root = os.path.realpath(folder, strict=True), _real_root(root, tick)
     is_inside = os.path.commonpath([real_root, real]) == real_root
-    names = _names(real, status.st_dev, status.st_ino, status.st_mtime_ns) if is_inside else {}
-    on_disk, above = "", root
-    relative = os.path.relpath(folder, root) if names else "."
-    for name in relative.split(os.sep) if relative != "." else ():
-        on_disk += names_by_lower_case(above).get(name.lower(), name) + "/"
-        above = os.path.join(above, name)
-    return _Folder(real, is_inside, on_disk, names)
+    return _Folder(real, is_inside, is_inside and ignores_case(real))
 
 
 @lru_cache(maxsize=64)
 def _real_root(root: str, tick: int) -> str:
     return os.path.realpath(root)
-
-
-@lru_cache(maxsize=256)
-def _names(folder: str, device: int, inode: int, modified_ns: int) -> dict[str, str]:
-    """`_Folder.names`, listed once while the folder does not change."""
-    return names_by_lower_case(folder) if ignores_case(folder) else {}
 
 
 def ignores_case(folder: str) -> bool:
@@ -225,10 +211,32 @@ def names_by_lower_case(folder: str) -> dict[str, str]:
         return {}
 
 
-def _with_path_on_disk(check: ImageCheck, folder: _Folder, path: str) -> ImageCheck:
-    name = os.path.basename(path)
-    on_disk = folder.on_disk + folder.names.get(name.lower(), name)
-    return check if on_disk == os.path.normpath(path) else replace(check, path_on_disk=on_disk)
+def path_on_disk(path: str, list_names: Callable[[str], Mapping[str, str]]) -> str:
+    """`path` with every name in the case of the disk.
+
+    Args:
+        path: relative to the image root.
+        list_names: a folder, relative to the root, to what it holds: lower case -> name.
+    """
+    found = ""
+    for name in posixpath.normpath(path).split("/"):
+        found = posixpath.join(found, list_names(found).get(name.lower(), name))
+    return found
+
+
+def _with_path_on_disk(check: ImageCheck, root: str, path: str) -> ImageCheck:
+    def list_names(folder: str) -> dict[str, str]:
+        status = os.stat(os.path.join(root, folder))
+        return _names(os.path.join(root, folder), status.st_ino, status.st_mtime_ns)
+
+    found = path_on_disk(path, list_names)
+    return check if found == posixpath.normpath(path) else replace(check, path_on_disk=found)
+
+
+@lru_cache(maxsize=256)
+def _names(folder: str, inode: int, modified_ns: int) -> dict[str, str]:
+    """Listed once while the folder does not change."""
+    return names_by_lower_case(folder)
 
 
 # --- what it is -----------------------------------------------------------------------------------
