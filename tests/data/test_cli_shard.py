@@ -65,7 +65,7 @@ def test_an_error_exits_1_with_the_report_and_writes_nothing(root: Path):
     result = run("shard", "bad.jsonl", "--out_dir", "out")
 
     assert result.exit_code == 1
-    assert "bad.jsonl:2: error T101" in result.stdout
+    assert "bad.jsonl:2:79: error T101" in result.stdout
     assert "Nothing was written: repair them, or leave them out with --drop_invalid" in (
         result.stderr
     )

@@ -104,7 +104,6 @@ def test_rules_of_another_package_are_listed_and_broken_ones_are_named(phi3v_dat
     assert len(listed.stderr.splitlines()) == len(problems)
 
 
-@pytest.mark.xfail(strict=True, reason="the quick scan passes lines that only such rules object to")
 def test_rules_of_another_package_run(phi3v_data: Run, tmp_path: Path):
     turns = (Turn(user="u", assistant="RED"),)
     write_samples(tmp_path / "x.jsonl", [Sample(id="1", source="toy", conversations=turns)])

@@ -146,7 +146,9 @@ def test_crlf_and_blank_lines_are_fine_and_lines_keep_their_numbers(root: Path):
     report = validate([root / "x.jsonl"])
 
     assert report.num_lines == 2
-    assert [d.line for d in report.diagnostics] == [4]
+    assert [(d.code, d.line) for d in report.diagnostics] == [
+        ("P107", 2), ("P107", 3), ("T101", 4),
+    ]  # fmt: skip
 
 
 def test_progress_ends_at_the_size_of_the_files(root: Path):
@@ -239,3 +241,34 @@ def test_no_torture_case_of_a_json_parser_crashes_and_none_is_a_sample(tmp_path:
         report = validate([file])
         assert report.num_valid == 0, path
         assert report.num_lines == 0 or report.num_errors > 0, path
+
+
+def test_P107_reports_blank_lines_before_samples_only(root: Path):
+    lines = [sample("1").to_json(), "", " \t", sample("2").to_json(), "", ""]
+    (root / "x.jsonl").write_text("\n".join(lines) + "\n")
+    report = validate([root / "x.jsonl"], select=["P"])
+
+    assert [(d.code, d.line, d.message) for d in report.diagnostics] == [
+        ("P107", 2, "the line is blank"),
+        ("P107", 3, "the line is blank"),
+    ]
+    assert (report.num_lines, report.num_valid) == (2, 2)
+
+
+def test_P108_reports_a_file_that_seems_cut_off(root: Path):
+    whole = sample("2").to_json()
+    (root / "x.jsonl").write_text(sample("1").to_json() + "\n" + whole[:-20])
+    (found,) = validate([root / "x.jsonl"]).diagnostics
+
+    assert (found.code, found.line) == ("P108", 2)
+    assert found.message.endswith("it seems cut off")
+    (root / "x.jsonl").write_text(sample("1").to_json() + "\n" + whole)
+    assert validate([root / "x.jsonl"], select=["P"]).diagnostics == ()
+
+
+def test_D101_points_at_the_first_use(root: Path):
+    write_samples(root / "x.jsonl", [sample("1"), sample("2"), sample("1", answer="b")])
+    (found,) = validate([root / "x.jsonl"], select=["D101"]).diagnostics
+    (label,) = found.labels
+
+    assert (found.line, label.message, label.line) == (3, "first used here", 1)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from phi3v_data.diagnostics import Diagnostic
 from phi3v_data.quick_scan import QuickSample, Scan, scan_block
 from phi3v_data.rules.across import MAX_LABEL_CHARS, MAX_LABELS, group_of
+from phi3v_data.rules.parse import UnfinishedLine
 from phi3v_data.rules.rule import Context, Finding, Line, Rule
 from phi3v_data.rules.text import LONG_SAMPLE_CHARS
 from phi3v_data.schema import Sample
@@ -55,6 +56,9 @@ class Options:
     takes_facts: bool
     """Whether the facts for rules across samples are."""
 
+    has_other_rules: bool
+    """Whether there are rules that the quick scan does not stand for."""
+
     max_per_rule: int
     """Findings of one rule kept of a block; the rest is counted."""
 
@@ -74,6 +78,9 @@ class BlockResult:
 
     invalid: list[int] = field(default_factory=list[int])
     """Lines with an error."""
+
+    blanks: list[int] = field(default_factory=list[int])
+    """Lines with nothing but white space."""
 
     ids: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
     """xxh3 of the ids of all samples."""
@@ -116,12 +123,16 @@ def check_block(block: Block, options: Options) -> BlockResult:
     )
     result = BlockResult(len(scan.lines), len(scan.lines))
     parsed: dict[int, Sample] = {}
-    for number in scan.suspects:
+    last = -1 if content.endswith(b"\n") else len(scan.lines) - 1
+    # What rules of other packages object to, the quick scan cannot know.
+    suspects = range(len(scan.lines)) if options.has_other_rules else scan.suspects
+    for number in suspects:
         line = scan.lines[number].rstrip(b"\r\n")
         if not line.strip():
             result.num_filled -= 1
+            result.blanks.append(number)
             continue
-        sample = _check_line(line, number, is_start, block.file, options, result)
+        sample = _check_line(line, number, number == last, is_start, block.file, options, result)
         if sample is not None:
             parsed[number] = sample
         if number == 0 and is_start and line.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -145,7 +156,13 @@ def _read(block: Block) -> bytes:
 
 
 def _check_line(
-    line: bytes, number: int, is_start: bool, file: str, options: Options, result: BlockResult
+    line: bytes,
+    number: int,
+    is_last: bool,
+    is_start: bool,
+    file: str,
+    options: Options,
+    result: BlockResult,
 ) -> Sample | None:
     """Run the rules on one line; return its sample, where it is one."""
     sample, error = parse(line)
@@ -160,7 +177,7 @@ def _check_line(
         num_crops=options.num_crops,
     )
     subjects: dict[str, Line | Sample | None] = {
-        "line": Line(line, context.line_number, error),
+        "line": (UnfinishedLine if is_last else Line)(line, context.line_number, error),
         "sample": sample,
     }
     is_valid = sample is not None
@@ -198,6 +215,7 @@ def diagnostic(rule: Rule, finding: Finding, context: Context, sample: Sample | 
         column=finding.column,
         pointer=finding.pointer,
         sample_id=sample.id if sample else None,
+        labels=finding.labels,
     )
 
 

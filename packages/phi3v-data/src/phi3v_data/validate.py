@@ -35,7 +35,7 @@ from phi3v_data.diagnostics import Diagnostic, Report
 from phi3v_data.image_check import ImageCheck, Level, check_image
 from phi3v_data.jsonl import default_image_root, read_lines
 from phi3v_data.quick_scan import QuickSample
-from phi3v_data.rules import Context, select_rules
+from phi3v_data.rules import RULES, Context, Line, select_rules
 from phi3v_data.rules.across import MAX_LABELS, Facts, FileFacts, Repeat
 from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample, Turn
@@ -59,6 +59,8 @@ WINDOW = 4
 """Tasks under way, a worker."""
 
 D_ID = "D101"
+
+_OUR_CODES = frozenset(rule.code for rule in RULES)
 
 
 def validate(
@@ -130,6 +132,8 @@ class _File:
     """All lines, blank ones too."""
 
     num_filled: int = 0
+    blanks: list[int] = field(default_factory=list[int])
+    last_filled: int = 0
     ids: list[Any] = field(default_factory=list[Any])
     id_lines: list[Any] = field(default_factory=list[Any])
     contents: list[Any] = field(default_factory=list[Any])
@@ -185,6 +189,7 @@ class _Run:
         total = sum(self.sizes.values())
         with _workers(self.num_workers if total > SMALL_BYTES else 0) as run_all:
             self._check_lines(run_all)
+        self._check_blanks()
         self._check_ids()
         if self.takes_images and not self.is_full:
             num_paths = sum(len(found.images) for found in self.of.values())
@@ -255,6 +260,10 @@ class _Run:
                 num_crops=self.num_crops,
                 takes_images=self.takes_images,
                 takes_facts=self.takes_facts,
+                has_other_rules=any(
+                    rule.code not in _OUR_CODES and rule.subject != "dataset"
+                    for rule in self.rules[file]
+                ),
                 max_per_rule=MAX_PER_RULE,
             )
             for start in range(0, size, BLOCK_BYTES):
@@ -265,6 +274,13 @@ class _Run:
         base = found.num_lines + 1
         found.num_lines += result.num_lines
         found.num_filled += result.num_filled
+        found.blanks.extend(number + base for number in result.blanks)
+        num_last = result.num_lines
+        while result.blanks and num_last - 1 in result.blanks[-1:]:
+            num_last -= 1
+            result.blanks.pop()
+        if num_last:
+            found.last_filled = base + num_last - 1
         found.invalid.update(number + base for number in result.invalid)
         kept: Counter[str] = Counter()
         for number, finding in result.findings:
@@ -292,6 +308,18 @@ class _Run:
             facts.first_of_label.setdefault(label, number + base)
         if len(facts.labels) > MAX_LABELS:
             facts.labels = None
+
+    def _check_blanks(self) -> None:
+        """Blank lines before the last sample of a file."""
+        for file, found in self.of.items():
+            rules = [rule for rule in self.rules[file] if rule.subject == "line"]
+            for number in found.blanks:
+                if number < found.last_filled:
+                    context = self._context(file, number, {}, {})
+                    line = Line(b"", number, None)
+                    for rule in rules:
+                        for finding in rule.check(line, context):
+                            self._add(diagnostic(rule, finding, context, None))
 
     # --- ids
 

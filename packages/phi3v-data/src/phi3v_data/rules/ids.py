@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from phi3v_data.diagnostics import Label
 from phi3v_data.rules.rule import Context, Finding
 from phi3v_data.schema import Sample
 
@@ -15,4 +16,5 @@ def duplicate_id(sample: Sample, context: Context) -> Iterator[Finding]:
     if sample.id in context.ids:
         file, line_number = context.ids[sample.id]
         place = f"line {line_number}" if file == context.file else f"{file}:{line_number}"
-        yield Finding(f"id {sample.id!r} is already used: {place}", "", "/id")
+        first = Label("first used here", file, line_number, "/id")
+        yield Finding(f"id {sample.id!r} is already used: {place}", "", "/id", labels=(first,))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from phi3v_data.diagnostics import Severity
+from phi3v_data.diagnostics import Label, Severity
 from phi3v_data.image_check import ImageCheck
 
 
@@ -30,6 +30,9 @@ class Finding:
 
     column: int | None = None
     """Character in the line, from 1, where parsing stopped."""
+
+    labels: tuple[Label, ...] = ()
+    """Other places it is about."""
 
 
 @dataclass(frozen=True, slots=True)
