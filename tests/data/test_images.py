@@ -7,6 +7,8 @@ from phi3v_data.images import (
     MAX_PIXELS,
     ORIENTATION_TAG,
     ImageError,
+    ImageInfo,
+    TooManyPixelsError,
     decode_image,
     formats_of_extension,
     probe_image,
@@ -182,7 +184,7 @@ def test_a_bomb_is_refused_from_its_header():
     width, height = 1 << 16, MAX_PIXELS // (1 << 16) + 1
     data = b"P6 %d %d 255\n" % (width, height)
     for read in (probe_image, decode_image):
-        with pytest.raises(ImageError, match="more than"):
+        with pytest.raises(TooManyPixelsError, match="more than"):
             read(data)
 
 
@@ -205,6 +207,46 @@ def test_memoryviews_and_paths_are_read_too(tmp_path: Path):
 
     assert probe_image(tmp_path / "a.png") == probe_image(memoryview(data))
     assert decode_image(memoryview(data)).size == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("image", "format", "options", "bits", "has_alpha"),
+    [
+        (Image.new("RGB", (3, 2)), "PNG", {}, 8, False),
+        (Image.new("1", (3, 2)), "PNG", {}, 8, False),
+        (Image.new("I;16", (3, 2)), "PNG", {}, 16, False),
+        (Image.new("I;16", (3, 2)), "TIFF", {}, 16, False),
+        (Image.new("I;16", (3, 2)), "PPM", {}, 16, False),
+        (Image.new("F", (3, 2)), "TIFF", {}, 16, False),
+        (Image.new("RGBA", (3, 2)), "PNG", {}, 8, True),
+        (Image.new("RGBA", (3, 2)), "TIFF", {}, 8, True),
+        (Image.new("LA", (3, 2)), "PNG", {}, 8, True),
+        (Image.new("RGBA", (3, 2)), "WEBP", {}, 8, True),
+        (Image.new("P", (3, 2)), "GIF", {"transparency": 0}, 8, True),
+        (Image.new("L", (3, 2)), "PNG", {"transparency": 0}, 8, True),
+        (Image.new("CMYK", (3, 2)), "JPEG", {}, 8, False),
+    ],
+)
+def test_depth_and_transparency_are_read(
+    image: Image.Image, format: str, options: dict[str, int], bits: int, has_alpha: bool
+):
+    info = probe_image(encode(image, format, **options))
+
+    assert info == ImageInfo(3, 2, info.mode, format, 1, bits, has_alpha)
+
+
+def test_sixteen_bits_of_colour_are_read_from_the_maximum_of_a_ppm():
+    assert probe_image(b"P6 1 1 65535\n" + bytes(6)).bits == 16
+    assert probe_image(b"P6 1 1 255\n" + bytes(3)).bits == 8
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_more_than_one_frame_is_told(format: str):
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+
+    assert not probe_image(encode(frames[0], format)).is_animated
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:])
+    assert probe_image(data).is_animated
 
 
 def test_an_extension_promises_formats():
