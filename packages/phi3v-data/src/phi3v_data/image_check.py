@@ -123,10 +123,9 @@ def check_image(
         return _unreadable(error)
     if not folder.is_inside:
         return ImageCheck("outside", "is a link that leads out of the image root")
-    if stat.S_ISLNK(status.st_mode):
-        return ImageCheck("missing", "does not exist")  # links in a circle
-    if not stat.S_ISREG(status.st_mode):
-        return ImageCheck("missing", "is not a file")  # a folder, or a pipe that would block
+    if not stat.S_ISREG(status.st_mode):  # a folder, a pipe that would block, links in a circle
+        is_circle = stat.S_ISLNK(status.st_mode)
+        return ImageCheck("missing", "does not exist" if is_circle else "is not a file")
     if cache is None:
         check = _check_file(file, status.st_size, level)
     else:

@@ -354,9 +354,9 @@ def _ends_plainly(read_at: ReadAt, size: int, head: bytes, position: int) -> boo
     Writers cut pixels into chunks of one size, so the last ones are found by arithmetic: where the
     type stands at the computed place, everything before it is pixels. Else it is walked.
     """
-    chunk_bytes = 12 + int.from_bytes(head[position : position + 4])
-    last = size - (size - position) % chunk_bytes
     header = head[position : position + 8]
+    chunk_bytes = 12 + int.from_bytes(header[:4])
+    last = size - (size - position) % chunk_bytes
     for guess in (last, last - chunk_bytes):
         if guess > position:
             guessed = read_at(guess, 8)
@@ -364,7 +364,7 @@ def _ends_plainly(read_at: ReadAt, size: int, head: bytes, position: int) -> boo
                 position, header = guess, guessed
                 break
     if position + 12 + int.from_bytes(header[:4]) == size - 12:
-        return read_at(size - 12, 8) == b"\0\0\0\0IEND"
+        return True  # what is left is an empty chunk
     is_past_pixels = False
     while True:
         if len(header) < 8:
