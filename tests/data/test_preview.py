@@ -241,7 +241,7 @@ def test_the_page_stays_below_its_limit_and_says_what_it_left_out(root: Path, ma
     assert result.num_bytes == Path("p.html").stat().st_size
     assert result.num_images > 0
     assert data["notes"] == list(result.notes)
-    assert "images are reduced to" in result.notes[-1]
+    assert "images are no larger than" in result.notes[-1]
 
 
 def test_more_room_gives_more_of_the_images(root: Path):
@@ -303,7 +303,7 @@ def test_the_command_exits_0_whatever_was_found_and_tells_what_it_wrote():
     assert result.exit_code == 0
     assert re.match(r"4 samples, 3 images, \d findings?: p\.html \(0\.1 MB\)\n", result.output)
     assert run("train.jsonl", "--out", "q.html", "--max_samples", "1").output.endswith(
-        "left out: 1 of 2 samples are shown, evenly spread; 0 of 0 with findings\n"
+        "not all is there: 1 of 2 samples are shown, evenly spread; 0 of 0 with findings\n"
     )
 
 

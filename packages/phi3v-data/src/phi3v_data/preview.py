@@ -406,12 +406,12 @@ def _draw(
     notes: list[str] = []
     num_more = len(files) - len(wanted)
     if num_more:
-        at_most = "1 image" if plan.max_per_group == 1 else f"{plan.max_per_group} images"
-        notes.append(f"at most {at_most} of a sample are drawn: {num_more:,} are left out")
+        drawn = "1 image" if plan.max_per_group == 1 else f"{plan.max_per_group} images"
+        notes.append(f"{drawn} of each sample at most, without {num_more:,} others")
     if num_without_room:
-        notes.append(f"{num_without_room:,} images are left out for want of room")
+        notes.append(f"{num_without_room:,} images for want of room")
     if plan.edge_px < 320 and by_file:
-        notes.append(f"images are reduced to {plan.edge_px} pixels")
+        notes.append(f"images are no larger than {plan.edge_px} pixels")
     return _Drawn(images, data, notes)
 
 

@@ -119,7 +119,7 @@ def preview_command(
         f"{count(findings, 'finding')}: {out} ({result.num_bytes / 1e6:.1f} MB)"
     )
     for note in result.notes:
-        click.echo(f"left out: {note}")
+        click.echo(f"not all is there: {note}")
     if open_page:
         click.launch(out)
 
