@@ -217,3 +217,17 @@ def test_schema_prints_the_json_schema():
 @pytest.mark.parametrize("command", ["validate", "shard", "verify", "rules", "schema"])
 def test_help_shows_an_example(command: str):
     assert f"\n    phi3v-data {command}" in run(command, "--help").output
+
+
+def test_fix_writes_a_repaired_file_and_says_what_is_left(root: Path):
+    lines = [sample("1", "a.png").to_json(), sample("2", "a.png").to_json()]
+    faulty = lines[0].replace('"user"', '"usr"')
+    (root / "f.jsonl").write_text("\n".join([faulty, lines[1]]) + "\n")
+    assert run("validate", "f.jsonl").exit_code == 1
+    result = run("validate", "f.jsonl", "--unsafe-fix")
+    assert result.exit_code == 0, result.output
+    assert "f.jsonl → f.fixed.jsonl: 1 line repaired" in result.output
+    assert (root / "f.fixed.jsonl").read_text().splitlines() == lines
+    lone = run("validate", "f.jsonl", "--in_place")
+    assert lone.exit_code == 2
+    assert "add one of them" in lone.output

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from phi3v_data.conversion.command import convert_group
+from phi3v_data.fix_command import refuse_lone_options, run_fix, with_fix_options
 from phi3v_data.input_error import InputError
 from phi3v_data.preview_command import preview_command
 from phi3v_data.stats_command import stats_command
@@ -93,6 +94,7 @@ CHECK_WORKERS = click.option(
     "truncated or damaged file), full (every pixel decoded).  [deep]",
 )
 @click.option("--no_cache", is_flag=True, help="Look at images again that did not change.")
+@with_fix_options
 @CHECK_WORKERS
 @click.pass_context
 def validate_command(
@@ -108,6 +110,10 @@ def validate_command(
     num_crops: int | None,
     level: str | None,
     no_cache: bool,
+    fix: bool,
+    unsafe_fix: bool,
+    in_place: bool,
+    out_dir: str | None,
     workers: int | None,
 ) -> None:
     """Find all that is wrong with conversations files.
@@ -120,6 +126,7 @@ def validate_command(
       phi3v-data validate train.jsonl --images /data/images --ignore I104
       phi3v-data validate train.jsonl --severity T101=warning --max_errors 10
       phi3v-data validate train.jsonl --format json | jq .counts
+      phi3v-data validate train.jsonl --fix          repairs: train.fixed.jsonl
 
     \b
     gives
@@ -156,6 +163,19 @@ def validate_command(
     try:
         config = load_config(Path.cwd(), overrides)
         _name_broken_rules()
+        if refuse_lone_options(fix=fix, unsafe_fix=unsafe_fix, in_place=in_place, out_dir=out_dir):
+            status = run_fix(
+                files,
+                unsafe_fix=unsafe_fix,
+                in_place=in_place,
+                out_dir=out_dir,
+                images=images,
+                rules_for=config.rules_for,
+                allow_missing_answer=allow_missing_answer,
+                num_crops=config.num_crops,
+                workers=workers,
+            )
+            context.exit(status)
         with progress_bar("validating") as progress:
             report = validate(
                 files,

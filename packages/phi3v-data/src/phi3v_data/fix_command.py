@@ -6,11 +6,12 @@ train.jsonl → train.fixed.jsonl: 12 lines repaired (S104 9, I101 3)
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from phi3v_data.rules.rule import Rule
+if TYPE_CHECKING:
+    from phi3v_data.rules.rule import Rule
 
 FIX_OPTIONS = (
     click.option(
@@ -51,7 +52,7 @@ def run_fix(
     in_place: bool,
     out_dir: str | None,
     images: str | None,
-    rules_for: Callable[[str], tuple[Rule, ...]],
+    rules_for: "Callable[[str], tuple[Rule, ...]]",
     allow_missing_answer: bool,
     num_crops: int,
     workers: int | None,
