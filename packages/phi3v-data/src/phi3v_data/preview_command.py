@@ -67,9 +67,9 @@ def preview_command(
     workers: int | None,
     open_page: bool,
 ) -> None:
-    """Write a page that shows a data set: images, conversations, findings, distributions.
+    """Write a page that shows a data set.
 
-    One HTML file, to be opened in a browser or sent to somebody: it needs no server, no network and
+    Images, conversations, findings and distributions in one HTML file, to be opened in a browser or sent to somebody: it needs no server, no network and
     no other file. Several FILES are the splits of one data set. All lines are checked, as by
     `validate`; what is wrong with a sample stands in it.
 
