@@ -69,9 +69,10 @@ def preview_command(
 ) -> None:
     """Write a page that shows a data set.
 
-    Images, conversations, findings and distributions in one HTML file, to be opened in a browser or sent to somebody: it needs no server, no network and
-    no other file. Several FILES are the splits of one data set. All lines are checked, as by
-    `validate`; what is wrong with a sample stands in it.
+    Images, conversations, findings and distributions in one HTML file, to be opened in a browser or
+    sent to somebody: it needs no server, no network and no other file. Several FILES are the splits
+    of one data set. All lines are checked, as by `validate`; what is wrong with a sample stands in
+    it.
 
     \b
       phi3v-data preview train.jsonl val.jsonl --out preview.html

@@ -27,7 +27,7 @@ EDGES_PX = (1024, 768, 640, 512, 384, 320, 256, 192, 160, 128, 96, 64, 48)
 PLANS: tuple[tuple[int | None, int], ...] = (
     *((None, edge) for edge in EDGES_PX if edge >= 128),
     *((4, edge) for edge in EDGES_PX if edge >= 128),
-    *((2, edge) for edge in EDGES_PX if edge >= 128),
+    *((2, edge) for edge in EDGES_PX if edge >= 96),
     *((1, edge) for edge in EDGES_PX),
 )
 """(pictures of each group, longest edge), best first: four frames that can be recognised tell more
