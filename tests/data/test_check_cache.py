@@ -101,7 +101,7 @@ def test_other_versions_of_the_checks_are_not_believed(
     root: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run(root, file, "a.png")
-    monkeypatch.setattr(check_cache, "_versions", lambda: "other")
+    monkeypatch.setattr(check_cache, "_versions", lambda: b"other")
 
     assert run(root, file, "a.png")[1] == 0
     assert run(root, file, "a.png")[1] == 1
@@ -236,6 +236,21 @@ def test_damage_anywhere_in_the_file_never_gives_a_wrong_check(file: Path, tmp_p
             cache.get("/x/new", state)
 
     assert num_found > 1000  # most damage hits an entry or two
+
+
+def test_rows_of_another_kind_are_not_believed(root: Path, file: Path):
+    run(root, file, "a.png", "b.jpg")
+    connection = sqlite3.connect(file)
+    (key,) = connection.execute("SELECT key FROM checks").fetchone()
+    for value in (7, "text", "\udcff".encode("utf-8", "surrogatepass").decode("latin-1"), b""):
+        connection.execute("UPDATE checks SET value = ?", (value,))
+        connection.execute("INSERT OR REPLACE INTO checks VALUES (?, ?)", (value, 7))
+    connection.execute("UPDATE checks SET value = CAST(x'ff' AS TEXT) WHERE key = ?", (key,))
+    connection.commit()
+    connection.close()
+
+    assert run(root, file, "a.png", "b.jpg")[1] == 0
+    assert run(root, file, "a.png", "b.jpg")[1] == 2
 
 
 def test_a_cache_cut_short_is_used_or_replaced(root: Path, file: Path):

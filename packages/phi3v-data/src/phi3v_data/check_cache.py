@@ -5,17 +5,18 @@
         check_image(root, path, "deep", cache)     # from the cache
 
 One SQLite file for all data sets of a user, `images.sqlite3` in `$XDG_CACHE_HOME/phi3v-data` or
-`~/.cache/phi3v-data`. An entry holds the real path of a file, its size, its times of change
-(nanoseconds; of content and of state, so that a copy under an old date is noticed), the level, and
-the versions of the checks and of Pillow; all must be the same, else the file is looked at again.
-Every entry is sealed with a hash of itself: a damaged one is not believed, and a damaged file is
-replaced by an empty one. Several processes may use it at once, each with an `open_cache` of its
-own. Nothing but time is lost when it is deleted.
+`~/.cache/phi3v-data`. An entry is found by level and real path, and sealed with a hash of these, of
+the file's size and times of change (nanoseconds; of content and of state, so that a copy under an
+old date is noticed), of the versions of the checks and of Pillow, and of what was found. Unless all
+of it is the same, the file is looked at again; so a damaged entry is not believed either. A damaged
+cache is replaced by an empty one. Several processes may use it at once, each with an `open_cache`
+of its own. Nothing but time is lost when it is deleted.
 """
 
 import os
 import sqlite3
 import stat
+import struct
 import threading
 import time
 from collections.abc import Generator
@@ -53,13 +54,8 @@ _WAIT_S = 10
 
 
 class _Entry(msgspec.Struct, array_like=True, frozen=True):
-    """One row, as it is stored."""
+    """What is stored of a check."""
 
-    key: bytes
-    size: int
-    modified_ns: int
-    changed_ns: int
-    versions: str
     kind: str
     problem: str
     cause: str
@@ -100,15 +96,9 @@ class CheckCache:
             except sqlite3.DatabaseError as error:
                 self._recover(error)
                 return None
-        entry = _open_sealed(value)
-        if entry is None or (
-            entry.key,
-            entry.size,
-            entry.modified_ns,
-            entry.changed_ns,
-            entry.versions,
-        ) != (key, status.st_size, status.st_mtime_ns, status.st_ctime_ns, _versions()):
+        if value is None or value[:16] != _seal(key, status, value[16:]):
             return None
+        entry = _decode(value[16:])
         self.num_hits += 1
         kind: Any = entry.kind
         cause: Any = entry.cause
@@ -130,22 +120,12 @@ class CheckCache:
         ):
             return
         key = self._prefix + os.fsencode(path)
-        entry = _Entry(
-            key,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-            _versions(),
-            check.kind,
-            check.problem,
-            check.cause,
-            check.num_bytes,
-            check.xxh3_64,
-            None if check.info is None else astuple(check.info),
+        info = None if check.info is None else astuple(check.info)
+        content = _encode(
+            _Entry(check.kind, check.problem, check.cause, check.num_bytes, check.xxh3_64, info)
         )
-        content = _encode(entry)
         with self._lock:
-            self._pending[key] = xxhash.xxh3_64_digest(content) + content
+            self._pending[key] = _seal(key, status, content) + content
             if len(self._pending) >= BATCH:
                 self._write()
 
@@ -180,8 +160,9 @@ class CheckCache:
         if not self._connection.in_transaction:
             self._connection.execute("BEGIN")  # else every read would lock and unlock the file
         rows = self._connection.execute(_SELECT, (key, self._num_ahead)).fetchall()
-        self._ahead = dict(rows)
-        self._ahead_from, self._ahead_to = key, rows[-1][0] if rows else key
+        # Of damaged rows SQLite may say that they hold numbers.
+        self._ahead = {k: v for k, v in rows if isinstance(k, bytes) and isinstance(v, bytes)}
+        self._ahead_from, self._ahead_to = key, max(self._ahead, default=key)
         self._num_used = 0
         value = self._ahead.get(key)
         self._num_used = int(value is not None)
@@ -274,6 +255,7 @@ _INSERT = "INSERT OR REPLACE INTO checks VALUES (?, ?)"
 def _connect(path: Path) -> sqlite3.Connection:
     # A lock of ours guards it where threads share it.
     connection = sqlite3.connect(path, timeout=_WAIT_S, check_same_thread=False)
+    connection.text_factory = bytes  # there is no text, but damage may look like some
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = OFF")  # sealed entries: a torn one is not believed
@@ -303,15 +285,14 @@ def _remove(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
-def _open_sealed(value: object) -> _Entry | None:
-    if not isinstance(value, bytes) or xxhash.xxh3_64_digest(value[8:]) != value[:8]:
-        return None
-    try:
-        return _decode(value[8:])
-    except (msgspec.ValidationError, msgspec.DecodeError):
-        return None  # sealed by another version of this file
+def _seal(key: bytes, status: os.stat_result, content: bytes) -> bytes:
+    state = _STATE.pack(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return xxhash.xxh3_128_digest(b"".join((key, state, _versions(), content)))
+
+
+_STATE = struct.Struct("<qqq")
 
 
 @cache
-def _versions() -> str:
-    return f"{CHECKS_VERSION} {version('pillow')}"
+def _versions() -> bytes:
+    return f"{CHECKS_VERSION} {version('pillow')}".encode()
