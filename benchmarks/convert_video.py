@@ -163,7 +163,7 @@ def decode_all(path: Path) -> list[Picture]:
 
 def decode_cookbook(path: Path) -> Sequence[Picture]:
     """Count by the header; decode up to the last wanted frame; convert the wanted."""
-    import av
+    import av  # pyright: ignore[reportMissingImports]
 
     with av.open(str(path)) as container:
         wanted = frame_indices(container.streams.video[0].frames, NUM_FRAMES)
@@ -178,7 +178,7 @@ def decode_cookbook(path: Path) -> Sequence[Picture]:
 
 def decode_pyav_all(path: Path) -> Sequence[Picture]:
     """Decode and convert all, then pick."""
-    import av
+    import av  # pyright: ignore[reportMissingImports]
 
     with av.open(str(path)) as container:
         frames = [
@@ -189,7 +189,7 @@ def decode_pyav_all(path: Path) -> Sequence[Picture]:
 
 def decode_pyav_timestamps(path: Path) -> Sequence[Picture]:
     """Seek to the key frame before each wanted time, and decode until it is reached."""
-    import av
+    import av  # pyright: ignore[reportMissingImports]
 
     pictures: list[Picture] = []
     with av.open(str(path)) as container:
@@ -213,7 +213,7 @@ def decode_pyav_timestamps(path: Path) -> Sequence[Picture]:
 
 def decode_decord(path: Path) -> Sequence[Picture]:
     """One batch."""
-    from decord import VideoReader
+    from decord import VideoReader  # pyright: ignore[reportMissingImports]
 
     reader = VideoReader(str(path), num_threads=1)
     return list(reader.get_batch(list(frame_indices(len(reader), NUM_FRAMES))).asnumpy())
@@ -353,7 +353,7 @@ def count_right(decode: Decode, path: Path, every: Sequence[Picture], is_exact: 
 
 def count_key_frames(path: Path) -> int:
     """How many packets of the video claim to be key frames."""
-    import av
+    import av  # pyright: ignore[reportMissingImports]
 
     with av.open(str(path), metadata_errors="ignore") as container:
         return sum(packet.is_keyframe for packet in container.demux(video=0) if packet.size)
