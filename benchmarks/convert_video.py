@@ -221,7 +221,9 @@ def decode_decord(path: Path) -> Sequence[Picture]:
 
 def decode_torchcodec(path: Path) -> Sequence[Picture]:
     """One batch, in its exact mode."""
-    from torchcodec.decoders import VideoDecoder  # pyright: ignore
+    from torchcodec.decoders import (  # pyright: ignore[reportMissingImports]
+        VideoDecoder,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     decoder = VideoDecoder(
         str(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
