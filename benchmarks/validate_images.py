@@ -9,7 +9,7 @@
     cached   a deep run with an empty cache, which fills it, against the next one, which reads it;
              opening and closing the cache included
 
-The files of a case are few, but have 480 names (hard links).
+The files of a case are few, but have 1,920 names (hard links).
 
 Both sides read the same files from the page cache, in turns, every other round backwards. What is
 printed is how many times less time ours takes: the median over the rounds of (Pillow / ours), for
@@ -167,7 +167,7 @@ def write_files(case: Case, root: Path) -> list[str]:
 
 Side = Callable[[], object]
 
-NUM_LINKS = 480
+NUM_LINKS = 1920
 """Names that the files of a case are given."""
 
 
@@ -275,7 +275,7 @@ def measure(case: Case, rounds: int) -> Result:
         names = write_files(case, root)
         agree(root, names)
         (root / "links").mkdir()
-        links = [f"links/{number:04}-{names[number % len(names)]}" for number in range(NUM_LINKS)]
+        links = [f"links/{number:05}-{names[number % len(names)]}" for number in range(NUM_LINKS)]
         for link in links:
             os.link(root / link.rpartition("-")[2], root / link)
         time.sleep(check_cache.FRESH_NS / 1e9 + 0.1)  # younger files are not noted
@@ -337,7 +337,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=31, help="Times every side is measured.")
+@click.option("--rounds", type=click.IntRange(1), default=15, help="Times every side is measured.")
 @click.option("--cases", type=click.IntRange(1), default=len(CASES), help="Only the first so many.")
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Also write results here."

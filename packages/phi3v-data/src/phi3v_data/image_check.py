@@ -145,9 +145,9 @@ def path_problem(path: str) -> str:
         return "holds a NUL character"
     if "\\" in path:
         return "holds a backslash; paths are POSIX, with /"
-    if path.startswith("/") or (len(path) > 1 and path[1] == ":" and path[0].isalpha()):
+    if path[0] == "/" or (path[1:2] == ":" and path[0].isalpha()):
         return "is absolute; paths are relative to the image root"
-    if ".." in path.split("/"):
+    if ".." in path and ".." in path.split("/"):
         return "leaves the image root by .."
     return ""
 

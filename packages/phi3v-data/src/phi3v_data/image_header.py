@@ -356,15 +356,18 @@ def _ends_plainly(read_at: ReadAt, size: int, head: bytes, position: int) -> boo
     """
     header = head[position : position + 8]
     chunk_bytes = 12 + int.from_bytes(header[:4])
+    end = size - 12  # of all but the end mark; an empty chunk, whatever it is, tells nothing
+    if position + chunk_bytes == end:
+        return True
     last = size - (size - position) % chunk_bytes
     for guess in (last, last - chunk_bytes):
         if guess > position:
             guessed = read_at(guess, 8)
             if guessed[4:] == b"IDAT":
                 position, header = guess, guessed
+                if position + 12 + int.from_bytes(header[:4]) == end:
+                    return True
                 break
-    if position + 12 + int.from_bytes(header[:4]) == size - 12:
-        return True  # what is left is an empty chunk
     is_past_pixels = False
     while True:
         if len(header) < 8:
