@@ -232,10 +232,10 @@ def test_every_repair_has_an_example_a_reason_and_codes_of_rules():
 @pytest.mark.parametrize("unsafe", [False, True])
 def test_what_is_valid_goes_through_byte_for_byte(root: Path, unsafe: bool):
     content = (
-        b"\r\n  \n"
-        + b'{ "source":"toy" ,"id":"\\u0031", "metadata":{"x":1.500e+0, "y": null},\t'
+        b'{ "source":"toy" ,"id":"\\u0031", "metadata":{"x":1.500e+0, "y": null},\t'
         + b'"conversations":[{"assistant":" padded ","user":"\\u00e9 \xc3\xa9","images":[]}]}  \r\n'
-        + GOOD  # no line break at the end
+        + GOOD
+        + b"\r\n\n  "  # blank lines at the end are fine
     )
     fixed = fix(root, content, unsafe=unsafe)
 
@@ -277,7 +277,7 @@ def test_an_unsafe_fix_drops_what_is_left_and_keeps_it_with_line_code_and_reason
     fixed = fix(root, b"\n".join(lines), unsafe=True)
     records = [json.loads(x) for x in (root / "x.dropped.jsonl").read_text().splitlines()]
 
-    assert (root / "x.fixed.jsonl").read_bytes() == GOOD + b"\n\n" + lines[-1]
+    assert (root / "x.fixed.jsonl").read_bytes() == GOOD + b"\n" + lines[-1]
     assert [(r["line"], r["code"]) for r in records] == [
         (2, "P101"),
         (4, "P106"),
@@ -292,7 +292,24 @@ def test_an_unsafe_fix_drops_what_is_left_and_keeps_it_with_line_code_and_reason
     assert records[4]["content"].encode() == lines[6]  # as it was, not half repaired
     assert fixed.dropped_file == str(root / "x.dropped.jsonl")
     assert fixed.dropped == {"P101": 1, "P103": 1, "P106": 1, "I101": 1, "T101": 1}
-    assert fixed.fixed == {}
+    assert fixed.fixed == {"P107": 1}
+
+
+def test_blank_lines_between_samples_are_removed_where_a_rule_objects(root: Path):
+    content = b"\r\n \n" + GOOD + b"\n\n\n" + line() + b"\n\n"
+    fixed = fix(root, content)
+
+    assert (root / "x.fixed.jsonl").read_bytes() == GOOD + b"\n" + line() + b"\n\n"
+    assert fixed.fixed == {"P107": 4}
+    fix(root, content, rules=select_rules(ignore=("P107",)))
+    assert (root / "x.fixed.jsonl").read_bytes() == content
+
+
+def test_a_line_of_nothing_but_a_byte_order_mark_is_removed(root: Path):
+    fixed = fix(root, b"\xef\xbb\xbf\n" + GOOD + b"\n")
+
+    assert (root / "x.fixed.jsonl").read_bytes() == GOOD + b"\n"
+    assert fixed.fixed == {"P102": 1}
 
 
 def test_a_safe_fix_drops_nothing_and_counts_what_is_left(root: Path):
@@ -636,7 +653,7 @@ def assert_second_fix_changes_nothing(folder: Path, lines: list[bytes], unsafe: 
     make_images(folder)
     # An image that is there: else the root would count as wrong.
     lines = [line(turn(images=["a.png"]), id="first"), *lines]
-    (folder / "x.jsonl").write_bytes(b"\n".join(lines))
+    (folder / "x.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     before = list(check([folder / "x.jsonl"]))
     (first,) = fix_files([folder / "x.jsonl"], unsafe=unsafe).files
     fixed = (folder / "x.fixed.jsonl").read_bytes()

@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import tempfile
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from pydantic import ValidationError
 
 from phi3v_data.atomic import TEMPORARY_MARK, open_atomic
@@ -51,6 +53,7 @@ WINDOW_BYTES = 32 * 2**20
 """Lines held in memory, until the faulty ones among them are repaired."""
 
 DUPLICATE_ID = "D101"
+BLANK_LINE = "P107"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,8 +262,6 @@ class _Fault:
     diagnostics: tuple[Diagnostic, ...]
     content: bytes
     fixed: Counter[str] = field(default_factory=Counter[str])
-    is_removed: bool = False
-    """A blank line that a rule objects to."""
 
     @property
     def codes(self) -> Counter[str]:
@@ -296,8 +297,8 @@ class _FileFix:
         self._dropped: Counter[str] = Counter()
         self._errors_left: Counter[str] = Counter()
         self._warnings_left: Counter[str] = Counter()
-        self._removed: list[int] = []
-        """Numbers of lines that are not written, in order."""
+        self._removed = array("Q")
+        """Numbers of lines that are not written."""
         self._found_an_image = False
         self._first_missing: Diagnostic | None = None
 
@@ -357,20 +358,22 @@ class _FileFix:
         checks = check([source], rules=self._line_rules, progress=progress, **self._options)
         window: list[_Fault] = []
         num_faulty = num_bytes = 0
+        blanks = range(1, 1)  # the blank lines since the last one that is not
         for number, raw, checked in _with_checks(source, checks):
             content = raw.rstrip(b"\r\n")
             diagnostics = _of_line(checked)
-            is_blank = not content.strip()
-            self._num_lines += not is_blank
+            if content.strip():
+                self._num_lines += 1
+                self._remove_blank(blanks)
+                blanks = range(number + 1, number + 1)
+            else:
+                blanks = range(blanks.start, number + 1)
             if checked is not None:
                 self._note_images(checked)
             if not diagnostics and not window:
                 lines.write(raw)
                 continue
             fault = _Fault(number, content, raw[len(content) :], diagnostics, content)
-            if is_blank and diagnostics:
-                fault.is_removed = True
-                fault.fixed += fault.codes
             window.append(fault)
             num_faulty += bool(diagnostics)
             num_bytes += len(raw)
@@ -379,6 +382,15 @@ class _FileFix:
                 window, num_faulty, num_bytes = [], 0, 0
         self._settle(window, lines, dropped)
 
+    def _remove_blank(self, numbers: range) -> None:
+        """Leave out blank lines that have a line after them, where a rule objects (P107).
+
+        Safe: they hold nothing, and readers that do not skip them fail.
+        """
+        if BLANK_LINE in self._order and numbers:
+            self._fixed[BLANK_LINE] += len(numbers)
+            self._removed.extend(numbers)
+
     def _note_images(self, checked: Checked) -> None:
         """Remember whether any image is where a path says: else the root is wrong."""
         if any(image.kind in ("ok", "undecodable") for image in checked.images):
@@ -386,7 +398,7 @@ class _FileFix:
 
     def _settle(self, window: list[_Fault], lines: BinaryIO, dropped: BinaryIO) -> None:
         """Repair the faulty lines of a window as far as it goes, and write all of them."""
-        open_faults = [fault for fault in window if fault.diagnostics and not fault.is_removed]
+        open_faults = [fault for fault in window if fault.diagnostics]
         for _ in range(MOST_ROUNDS):
             attempts: list[tuple[_Fault, bytes]] = []
             for fault in open_faults:
@@ -432,8 +444,8 @@ class _FileFix:
     def _finish(self, fault: _Fault, lines: BinaryIO, dropped: BinaryIO) -> None:
         """Count a line, and write it where it belongs."""
         errors = [d for d in fault.diagnostics if d.severity == "error"]
-        if fault.is_removed:
-            self._fixed += fault.fixed
+        if not fault.content.strip() and fault.content != fault.original:
+            self._fixed += fault.fixed  # a byte order mark was all there was
             self._removed.append(fault.number)
             lines.write(b"\n")
         elif errors and self._unsafe:
@@ -574,10 +586,12 @@ class _FileFix:
         )
 
     def _write_lines(self, lines: Path, out: BinaryIO, new_ids: dict[int, str]) -> None:
-        removed = set(self._removed)
+        removed = iter(np.sort(np.array(self._removed, dtype=np.uint64)))
+        next_removed = next(removed, None)
         with open(lines, "rb") as file:
             for number, raw in enumerate(file, 1):
-                if number in removed:
+                if number == next_removed:
+                    next_removed = next(removed, None)
                     continue
                 if number in new_ids:
                     content = raw.rstrip(b"\r\n")

@@ -6,8 +6,8 @@ r"""Repairs of a faulty line: one function each, its docstring says what it does
 
 What is wrong is decided by `phi3v_data.rules` alone: a repair is tried only on a line in which a
 rule found one of its codes, and kept only if the rule finds less afterwards. So a valid line is
-never touched, down to its line break; what no rule objects to stays, for example CRLF, blank lines
-and white space around an answer (training strips what it does not want).
+never touched, down to its line break; what no rule objects to stays, for example CRLF and white
+space around an answer (training strips what it does not want).
 
 A *safe* repair changes how a line says something, not what it says: every reader that could make
 sense of the line before gets the same sample. An *unsafe* one guesses, or gives something up.
@@ -89,7 +89,8 @@ def repair(content: bytes, codes: set[str], place: Place, *, unsafe: bool) -> by
     repaired = content
     for fix in FIXES:
         if (unsafe or fix.is_safe) and not codes.isdisjoint(fix.codes):
-            repaired = fix.apply(repaired, place) or repaired
+            changed = fix.apply(repaired, place)
+            repaired = repaired if changed is None else changed
     return repaired if repaired != content else None
 
 
@@ -684,8 +685,8 @@ FIXES: tuple[Fix, ...] = (
     _of_sample("T105", False, control_character),
     _of_sample("T101", False, empty_answer),
 )
-"""All repairs of a line, in the order they are tried. Ids used twice (D101) are the business of
-`phi3v_data.fix_files`, which sees all lines."""
+"""All repairs of a line, in the order they are tried. Ids used twice (D101), blank lines (P107) and
+UTF-16 (P102) are the business of `phi3v_data.fix_files`, which sees all lines."""
 
 
 def _loaded(content: bytes) -> Object | None:
