@@ -275,7 +275,7 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
         tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
         # Pillow hands the samples of a 12-bit TIFF on as they are, in 16 bits.
         num_low_bits = 4 if tags.get(BITSPERSAMPLE) == (12,) else 8
-        high_byte = (np.asarray(image).astype(np.int64) >> num_low_bits).clip(0, 255)
+        high_byte = (np.asarray(image) >> num_low_bits).clip(0, 255)
         if tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
             high_byte = 255 - high_byte  # Pillow does so itself, but up to 8 bits only
         return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
