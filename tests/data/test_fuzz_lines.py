@@ -146,7 +146,8 @@ def test_damaged_lines_are_fixed_or_dropped_and_nothing_is_left(root: Path):
 
 
 @pytest.mark.slow
-def test_a_million_damaged_lines(root: Path):
+@pytest.mark.parametrize("seed", [4, 5])
+def test_half_a_million_damaged_lines(root: Path, seed: int):
     """In a process of its own, which opens nothing outside the image root and stays small."""
     script = """
         import os, sys, time
@@ -170,12 +171,12 @@ def test_a_million_damaged_lines(root: Path):
         print(num_valid, len(opened_outside), int(peak_mb()), int(seconds))
     """
     tests = Path(__file__).parents[1]
-    output = run_measured(script, root, 1_000_000, 4, tests)
+    output = run_measured(script, root, 500_000, seed, tests)
     num_valid, num_opened_outside, peak_mb, _ = map(int, output.split())
 
-    assert num_valid > 4000
+    assert num_valid > 2000
     assert num_opened_outside == 0
-    assert peak_mb < 500
+    assert peak_mb < 400
 
 
 @pytest.mark.parametrize(
