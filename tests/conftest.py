@@ -1,6 +1,11 @@
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Tests run two at a time: a thread each. torch and OpenMP read it when they are first imported,
+# here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,11 +24,13 @@ def test_the_quickstart_learns_its_classes_on_held_out_groups(tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_frame_does_not_separate_the_classes(tmp_path: Path) -> None:
     assert held_out_accuracy(tmp_path / "run", "--num_frames", "1") <= 0.6
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_shuffled_labels_stay_at_chance(tmp_path: Path) -> None:
     # Three standard deviations of 60 guesses at 0.25.
     assert held_out_accuracy(tmp_path / "run", "--shuffle_labels") <= 0.25 + 3 * 0.056

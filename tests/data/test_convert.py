@@ -449,7 +449,9 @@ def assert_finished_once_and_whole(
     assert digest(folder / "out") == digest(folder / "clean")
 
 
-@pytest.mark.parametrize("num_kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_kills", [10, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_kill_9_at_random_moments_loses_nothing_finished(tmp_path: Path, num_kills: int) -> None:
     rng, num_items = random.Random(num_kills), num_kills * 15
     stops: list[list[str]] = []

@@ -165,7 +165,7 @@ def test_a_jpeg_called_png_is_taken_as_it_is(tmp_path: Path) -> None:
     assert result.counts == {"dev": 3}
     copied = tmp_path / "out/images/dev/dev-850-0-img1.png"
     assert copied.read_bytes() == path.read_bytes()
-    report = phi3v_data.validate([result.files["dev"]])
+    report = phi3v_data.validate([result.files["dev"]], ignore=["D102"])  # toy rows are alike
     assert report.exit_status == 0
     assert {d.code for d in report.diagnostics} == {"I104"}
 

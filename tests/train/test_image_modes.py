@@ -240,11 +240,11 @@ def processor(folder: Path) -> Phi3VProcessor:
 
 
 def codes(folder: Path, root: Path, name: str) -> list[str]:
-    """What the validator says of a sample with that image; its file is written into `folder`."""
+    """The validator's errors in a sample with that image; its file is written into `folder`."""
     file = folder / "validated.jsonl"
     write_samples(file, [make_sample("s", ((name,), "What is it?", "It."))])
     report = validate([file], images=root, num_crops=NUM_CROPS, num_workers=1)
-    return [diagnostic.code for diagnostic in report.diagnostics]
+    return [found.code for found in report.diagnostics if found.severity == "error"]
 
 
 def trained_on(encoder: SampleEncoder, root: Path, name: str) -> EncodedSample:
@@ -346,7 +346,7 @@ def test_the_validators_verdict_on_an_odd_image_holds_in_training_and_in_inferen
         with Image.open(ODD / name) as image:
             check_both_see(image, trained_on(encoder, ODD, name), processor, name)
         return
-    assert errors == {"I102"}
+    assert errors in ({"I102"}, {"I107"})
     with pytest.raises(ValueError, match=rf"^sample 's', image '{name}': .+") as caught:
         trained_on(encoder, ODD, name)
     assert "\n" not in str(caught.value)

@@ -200,7 +200,21 @@ def parse(line: bytes) -> tuple[Sample | None, ValidationError | None]:
     try:
         return Sample.from_json(line), None
     except ValidationError as error:
+        _forget_frames(error)
         return None, error
+
+
+def _forget_frames(error: ValidationError) -> None:
+    """Let go of what the schema's own exceptions hold.
+
+    Their tracebacks hold frames, these hold the error, and pydantic's part of that circle is closed
+    to Python's garbage collector: block after block would stay in memory.
+    """
+    error.__traceback__ = None
+    for found in error.errors(include_url=False, include_input=False):
+        raised: object = found.get("ctx", {}).get("error")
+        if isinstance(raised, BaseException):
+            raised.__traceback__ = None
 
 
 def diagnostic(rule: Rule, finding: Finding, context: Context, sample: Sample | None) -> Diagnostic:
@@ -240,7 +254,15 @@ def _content(line: bytes, sample: QuickSample | Sample) -> int:
     """xxh3 of images, questions and answers as they are written; metadata tells nothing."""
     if type(sample) is QuickSample and sample.metadata is msgspec.UNSET:
         return _digest(line[line.find(b'"conversations"') :])
-    turns = [(turn.images, turn.user, turn.assistant) for turn in sample.conversations]
+    unset = msgspec.UNSET
+    turns = [
+        (
+            () if turn.images is unset else turn.images,
+            turn.user,
+            None if turn.assistant is unset else turn.assistant,
+        )
+        for turn in sample.conversations
+    ]
     return _digest(_encode(turns))
 
 

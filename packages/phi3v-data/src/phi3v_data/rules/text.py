@@ -1,6 +1,7 @@
 """T: text."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from phi3v_data.rules.rule import Context, Finding
@@ -28,6 +29,9 @@ def empty_answer(sample: Sample, context: Context) -> Iterator[Finding]:
 SPECIAL_TOKEN = re.compile(
     r"<\|(?:user|assistant|system|end|endoftext|image|placeholder[0-9]+)\|>|<unk>|</?s>"
 )
+SHOWN = 10
+"""Of what is wrong with the marks of a turn so much is named."""
+
 IMAGE_MARK = re.compile(r"<\|image_([0-9]+)\|>")
 
 
@@ -61,23 +65,31 @@ def image_marks(sample: Sample, context: Context) -> Iterator[Finding]:
     exactly once where its mark is; k counts within the turn, from 1.
     """
     for t, turn in enumerate(sample.conversations):
-        marks = [int(match[1]) for match in IMAGE_MARK.finditer(turn.user)]
+        # Numbers are compared as they are written: some have thousands of digits.
+        marks = Counter(match[1].lstrip("0") or "0" for match in IMAGE_MARK.finditer(turn.user))
         if not marks:
             continue
-        wanted = range(1, len(turn.images) + 1)
+        wanted = [str(k) for k in range(1, len(turn.images) + 1)]
+        known = set(wanted)
+        unknown = sorted(marks.keys() - known, key=lambda k: (len(k), k))
         problems = [
-            *(f"<|image_{k}|> has no image" for k in sorted(set(marks)) if k not in wanted),
-            *(f"image {k} is placed {marks.count(k)} times" for k in wanted if marks.count(k) > 1),
+            *(f"<|image_{_short(k)}|> has no image" for k in unknown),
+            *(f"image {k} is placed {marks[k]} times" for k in wanted if marks[k] > 1),
             *(f"image {k} is not placed" for k in wanted if k not in marks),
         ]
         if problems:
             num_images = len(turn.images)
+            more = f", and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
             yield Finding(
                 f"image marks do not match the turn's {num_images} "
-                f"image{'' if num_images == 1 else 's'}: {', '.join(problems)}",
+                f"image{'' if num_images == 1 else 's'}: {', '.join(problems[:SHOWN])}{more}",
                 "k counts within the turn; without any mark the images come first",
                 f"/conversations/{t}/user",
             )
+
+
+def _short(number: str) -> str:
+    return number if len(number) <= 20 else f"{number[:8]}…{number[-8:]}"
 
 
 def missing_answer(sample: Sample, context: Context) -> Iterator[Finding]:
