@@ -641,6 +641,7 @@ def test_a_second_fix_changes_nothing_and_valid_lines_stay(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lines=st.lists(_LINE, min_size=1, max_size=12), unsafe=st.booleans())
 def test_a_second_fix_changes_nothing_in_thousands_of_files(

@@ -146,6 +146,7 @@ def test_damaged_lines_are_fixed_or_dropped_and_nothing_is_left(root: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [4, 5])
 def test_half_a_million_damaged_lines(root: Path, seed: int):
     """In a process of its own, which opens nothing outside the image root and stays small."""
