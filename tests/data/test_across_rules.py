@@ -73,6 +73,16 @@ def test_D102_reports_a_sample_that_is_there_twice(root: Path) -> None:
     assert two.help == "no sample should be in two splits"
 
 
+def test_D102_finds_the_same_however_it_is_written(root: Path) -> None:
+    Path("a.jsonl").write_text(
+        '{"id": "1", "source": "s", "conversations": [{"user": "Q", "assistant": "é"}]}\n'
+        '{"conversations":[{"assistant":"\\u00e9","user":"Q","images":[]}],"source":"s","id":"2"}\n'
+        '{"id": "3", "source": "s", "metadata": {"k": 1}, '
+        '"conversations": [{"user": "Q", "assistant": "é"}]}\n'
+    )
+    assert [d.line for d in findings("D102", "a.jsonl")] == [2, 3]
+
+
 def test_D102_lets_other_answers_and_other_pictures_be(root: Path) -> None:
     turns = [("Q", "A", ()), ("Q", "B", ()), ("Q", "A", ("x.png",)), ("R", "A", ())]
     samples = [

@@ -28,8 +28,10 @@ from phi3v_data.schema import Sample
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-_encode = msgspec.json.Encoder().encode
 _digest = xxhash.xxh3_64_intdigest
+
+_UNIT, _RECORD = "\x1e", "\x1f"
+"""Between texts; no text of a sample has them."""
 
 
 @dataclass(frozen=True)
@@ -243,27 +245,23 @@ def _gather(scan: Scan, parsed: dict[int, Sample], options: Options, result: Blo
     result.id_lines = np.array(numbers, dtype=np.int64)
     result.ids = np.array([_digest(sample.id.encode()) for sample in found], dtype=np.uint64)
     if options.takes_facts:
-        contents = [_content(scan.lines[n], s) for n, s in zip(numbers, found, strict=True)]
-        result.contents = np.array(contents, dtype=np.uint64)
+        result.contents = np.array([_content(sample) for sample in found], dtype=np.uint64)
         result.labels = _gather_labels(numbers, found)
     if options.takes_images or options.takes_facts:
         _gather_images(numbers, found, result)
 
 
-def _content(line: bytes, sample: QuickSample | Sample) -> int:
-    """xxh3 of images, questions and answers as they are written; metadata tells nothing."""
-    if type(sample) is QuickSample and sample.metadata is msgspec.UNSET:
-        return _digest(line[line.find(b'"conversations"') :])
-    unset = msgspec.UNSET
-    turns = [
-        (
-            () if turn.images is unset else turn.images,
-            turn.user,
-            None if turn.assistant is unset else turn.assistant,
-        )
-        for turn in sample.conversations
-    ]
-    return _digest(_encode(turns))
+def _content(sample: QuickSample | Sample) -> int:
+    """xxh3 of images, questions and answers, however they are written."""
+    parts: list[str] = []
+    for turn in sample.conversations:
+        images = turn.images
+        if images and images is not msgspec.UNSET:
+            parts.extend(images)
+        parts.append(_UNIT)
+        parts.append(turn.user)
+        parts.append(turn.assistant or _UNIT)
+    return _digest(_RECORD.join(parts).encode("utf-8", "surrogatepass"))
 
 
 def _gather_labels(
