@@ -145,7 +145,9 @@ def test_clips_from_a_store_to_a_store_give_what_they_give_here(
     assert not list((tmp_path / "cache/phi3v-data/convert").glob("*"))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "workers", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_a_folder_to_a_store_gives_every_byte_of_a_local_run(
     tmp_path: Path, bucket: str, workers: int
 ) -> None:
@@ -157,7 +159,9 @@ def test_a_folder_to_a_store_gives_every_byte_of_a_local_run(
     assert len([name for name in expected if name.startswith("images/")]) == 2 * 8
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "workers", [0, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_a_store_to_a_folder_gives_the_bytes_of_a_local_run(
     tmp_path: Path, bucket: str, workers: int
 ) -> None:
@@ -197,6 +201,7 @@ def test_a_limit_leaves_no_image_beyond_it(tmp_path: Path, bucket: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ray_from_a_store_to_a_store_gives_the_bytes_of_a_local_run(
     tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +287,7 @@ def finished_in(address: str) -> set[str]:
 @pytest.mark.parametrize(
     "is_lost",
     [
-        pytest.param(False, marks=pytest.mark.slow, id="same machine"),
+        pytest.param(False, marks=[pytest.mark.slow, pytest.mark.long], id="same machine"),
         pytest.param(True, id="another machine"),
     ],
 )

@@ -638,7 +638,9 @@ READ_CLIP = """
 """
 
 
-@pytest.mark.parametrize("num_seconds", [60, pytest.param(1200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_seconds", [60, pytest.param(1200, marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_memory_does_not_grow_with_the_length_of_a_clip(tmp_path: Path, num_seconds: int) -> None:
     """Its header says fifty hours."""
     import cv2
@@ -698,6 +700,7 @@ def test_a_folder_of_many_files_is_listed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", EVERY)
 def test_a_folder_of_100_000_files_is_listed_in_seconds_and_little_memory(
     tmp_path: Path, name: str
@@ -722,6 +725,7 @@ READ_ANNOTATIONS = """
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["lines", "array"])
 @pytest.mark.parametrize("name", ["nlvr2", "jsonl"])
 def test_a_gigabyte_of_annotations_takes_less_than_300_mb(

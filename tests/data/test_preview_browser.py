@@ -291,6 +291,7 @@ def test_the_dark_theme_is_dark(page: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_samples_stay_small_and_quick(
     browser: Chromium, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ):

@@ -82,10 +82,14 @@ def test_num_crops_given_on_loading_takes_the_place_of_the_files(published: Path
         "import phi3v_train; from transformers import AutoProcessor, AutoModelForCausalLM",
         pytest.param(
             "from transformers import AutoModelForCausalLM, AutoProcessor; import phi3v_train",
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.long],
         ),
-        pytest.param("import phi3v_train.modeling_phi3_v, peft", marks=pytest.mark.slow),
-        pytest.param("import phi3v_train.processing_phi3_v", marks=pytest.mark.slow),
+        pytest.param(
+            "import phi3v_train.modeling_phi3_v, peft", marks=[pytest.mark.slow, pytest.mark.long]
+        ),
+        pytest.param(
+            "import phi3v_train.processing_phi3_v", marks=[pytest.mark.slow, pytest.mark.long]
+        ),
     ],
 )
 def test_the_order_of_imports_does_not_matter(imports: str, published: Path) -> None:
