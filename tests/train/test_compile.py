@@ -17,7 +17,7 @@ ROWS = [
     packed_row(Prompt(20, seed=7), Prompt(7, seed=8), Prompt(8, seed=9), Prompt(50, seed=10)),
 ]
 BACKENDS = pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])]
 )
 
 
