@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -346,8 +346,8 @@ class Flaky(MemoryFileSystem):
     """Memory that fails once, after some files came or went."""
 
     protocol = "flaky"
-    store: dict[str, Any] = {}  # noqa: RUF012 — as in the class above it
-    fetched: list[str] = []  # noqa: RUF012
+    store: dict[str, Any] = {}  # noqa: RUF012 - declared so by the class above it
+    fetched: ClassVar[list[str]] = []
     calls_left = 0
 
     def _count(self) -> None:

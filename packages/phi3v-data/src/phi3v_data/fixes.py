@@ -26,8 +26,9 @@ import os
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -569,10 +570,14 @@ def marks_numbered_across_turns(sample: Object, place: Place) -> bool:
             new = {str(first + k): str(k + 1) for k in range(num_images)}
             marks = [match[1] for match in IMAGE_MARK.finditer(user)]
             if sorted(marks) == sorted(new):
-                turn["user"] = IMAGE_MARK.sub(lambda match: f"<|image_{new[match[1]]}|>", user)  # noqa: B023
+                turn["user"] = IMAGE_MARK.sub(partial(_renumbered, new), user)
                 changed = True
         num_before += num_images
     return changed
+
+
+def _renumbered(new: Mapping[str, str], mark: re.Match[str]) -> str:
+    return f"<|image_{new[mark[1]]}|>"
 
 
 def marks_removed(sample: Object, place: Place) -> bool:

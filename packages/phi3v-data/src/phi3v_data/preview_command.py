@@ -84,7 +84,7 @@ def preview_command(
     full decoding of all images, which takes long for many.
 
     Exit status: 0 written, whatever was found; 1 writing failed, 2 wrong usage.
-    """  # noqa: D301 - click wants a real backspace character
+    """
     import warnings
 
     from phi3v_data.preview import write_preview

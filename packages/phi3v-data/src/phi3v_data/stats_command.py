@@ -79,7 +79,7 @@ def stats_command(
     Keys may be added, never removed or changed, while version is 1.
 
     Exit status: 0, also where lines do not parse; 2 wrong usage.
-    """  # noqa: D301 - click wants a real backspace character
+    """
     from phi3v_data.report import progress_bar
     from phi3v_data.stats import collect_stats, to_json
 
