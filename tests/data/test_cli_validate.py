@@ -1,5 +1,9 @@
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -231,3 +235,23 @@ def test_fix_writes_a_repaired_file_and_says_what_is_left(root: Path):
     lone = run("validate", "f.jsonl", "--in_place")
     assert lone.exit_code == 2
     assert "add one of them" in lone.output
+
+
+def test_ctrl_c_ends_a_large_validation_with_one_word(root: Path):
+    line = sample("1", "a.png").to_json() + "\n"
+    (root / "large.jsonl").write_text(line * 400_000)
+    program = Path(sys.executable).with_name("phi3v-data")
+    process = subprocess.Popen(
+        [program, "validate", "large.jsonl", "--select", "S"],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # its own group, as a terminal gives it
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:  # its workers are there
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (130, "", "interrupted\n")

@@ -39,6 +39,7 @@ from phi3v_data.rules import RULES, Context, Line, select_rules
 from phi3v_data.rules.across import MAX_LABELS, Facts, FileFacts, Repeat
 from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample, Turn
+from phi3v_data.worker_pool import start_workers
 
 RulesFor = Callable[[str], tuple[Rule, ...]]
 """A file to the rules that run on it."""
@@ -602,6 +603,7 @@ def _workers(num_workers: int) -> Generator[_RunAll, None, None]:
     # Forking is ten times faster than starting anew, and safe where no other thread holds a lock.
     method = "fork" if threading.active_count() == 1 else "spawn"
     with ProcessPoolExecutor(num_workers, mp_context=get_context(method)) as pool:
+        start_workers(pool, num_workers)
 
         def run_all(
             function: Callable[[Any], Any], tasks: Iterator[Any]

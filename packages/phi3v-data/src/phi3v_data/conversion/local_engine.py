@@ -8,16 +8,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from multiprocessing.connection import wait as wait_for_sentinel
-from types import FrameType
-from typing import Any
 
 from phi3v_data.conversion.item_task import ItemTask, Outcome, died
 from phi3v_data.converters import Item
+from phi3v_data.worker_pool import start_workers
 
 
 def run_local(
@@ -68,7 +67,7 @@ def _run_pool(
     running: dict[Future[Outcome], Item] = {}
     is_done = False
     try:
-        _start_workers(pool, num_workers)
+        start_workers(pool, num_workers)
         is_more = True
         while is_more or running:
             while is_more and len(running) < window * num_workers:
@@ -103,31 +102,6 @@ def _collect(running: dict[Future[Outcome], Item]) -> Iterator[Outcome]:
         if future.done() and not future.cancelled() and future.exception() is None:
             del running[future]
             yield future.result()
-
-
-def _start_workers(pool: ProcessPoolExecutor, num_workers: int) -> None:
-    """Start all processes, deaf to Ctrl-C: it goes to the whole group, and this one answers."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler: Callable[[int, FrameType | None], Any] | int | None = None
-    if in_main_thread:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by what is started now
-    try:
-        ready = [pool.submit(_nothing) for _ in range(num_workers)]
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, handler)
-    try:
-        for future in ready:
-            future.result()
-    except BrokenProcessPool:
-        raise ValueError(
-            "the worker processes cannot start; see their error above. A script that converts "
-            'needs `if __name__ == "__main__":` around the call, or num_workers=0'
-        ) from None
-
-
-def _nothing() -> None:
-    """What a started worker does first."""
 
 
 _TASK: list[ItemTask] = []
