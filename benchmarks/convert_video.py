@@ -43,7 +43,6 @@ import platform
 import re
 import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -62,6 +61,7 @@ from phi3v_data.convert import convert
 from phi3v_data.converters.clip_folders import EXTENSIONS, ClipFolders
 from phi3v_data.video import frame_indices, read_frames
 from PIL import Image
+from ratios import Ratio, ratio
 
 TESTDATA = Path(__file__).resolve().parents[2] / "shared" / "testdata"
 
@@ -75,18 +75,6 @@ Picture = npt.NDArray[np.uint8]
 
 Decode = Callable[[Path], Sequence[Picture]]
 """The wanted frames of a clip."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A base's time / a side's time, per clip, over the rounds."""
-
-    median: float
-    min: float
-    max: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.min:.2f}-{self.max:.2f})"
 
 
 @dataclass(frozen=True)
@@ -378,12 +366,6 @@ def check_right(
                 so_far, wanted = right[name].get(kind, (0, 0))
                 right[name][kind] = so_far + num_right, wanted + NUM_FRAMES
     return right
-
-
-def ratio(base: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """Round by round, then their median and range."""
-    values = [theirs / own for theirs, own in zip(base, ours, strict=True)]
-    return Ratio(statistics.median(values), min(values), max(values))
 
 
 def check_same_bytes(source: Path, scratch: Path) -> None:

@@ -23,7 +23,6 @@ import io
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from phi3v_data.images import decode_image
 from phi3v_train.hd_transform import CROP, IMAGE_MEAN, IMAGE_STD, hd_crops, hd_layout
 from phi3v_train.modeling_phi3_v import normalize_views
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+from ratios import Ratio, ratio
 from torch import Tensor
 
 TOLERANCE = 2e-6
@@ -57,18 +57,6 @@ class Case:
     num_crops: int
     target: float
     """The claim: published / exact, decoding included."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Published time / our time over the rounds."""
-
-    median: float
-    min: float
-    max: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.min:.2f}-{self.max:.2f})"
 
 
 @dataclass(frozen=True)
@@ -201,12 +189,6 @@ def time_in_turns(calls: Mapping[str, Side], rounds: int) -> dict[str, dict[str,
             seconds[name]["cpu"].append(time.process_time() - cpu)
             seconds[name]["wall"].append(time.perf_counter() - wall)
     return seconds
-
-
-def ratio(published: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """Round by round, then their median and range."""
-    values = [theirs / own for theirs, own in zip(published, ours, strict=True)]
-    return Ratio(statistics.median(values), min(values), max(values))
 
 
 def measure(case: Case, rounds: int) -> Result:

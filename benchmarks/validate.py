@@ -31,6 +31,7 @@ from pathlib import Path
 import click
 from phi3v_data import validate
 from phi3v_data.schema import Sample
+from ratios import Ratio
 
 LINE_BYTES = 600
 
@@ -40,18 +41,6 @@ TARGETS = {"pydantic": 3.0, "faulty": 1.10, "ten times": 10.5}
 MEMORY_TARGET_MB = 150
 
 CLASSES = [f"{a}{b}" for a in ("Apply", "Baby", "Base", "Walking") for b in ("Ball", "Dog", "Lip")]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Of wall times, over the rounds."""
-
-    median: float
-    min: float
-    max: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.min:.2f}-{self.max:.2f})"
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ import PIL
 from phi3v_data import check_cache
 from phi3v_data.image_check import Level, check_bytes, check_image
 from PIL import Image, ImageDraw, ImageFont, features
+from ratios import Ratio, ratio
 
 TARGETS = {
     ("header", "JPEG"): 2.5,
@@ -60,18 +61,6 @@ class Case:
     options: Mapping[str, Any]
     num_files: int
     has_deep_target: bool = True
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Their time / our time over the rounds."""
-
-    median: float
-    min: float
-    max: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.1f} ({self.min:.1f}-{self.max:.1f})"
 
 
 @dataclass(frozen=True)
@@ -256,12 +245,6 @@ def time_in_turns(calls: Mapping[str, Side], rounds: int) -> dict[str, dict[str,
             seconds[name]["cpu"].append(time.process_time() - cpu)
             seconds[name]["wall"].append(time.perf_counter() - wall)
     return seconds
-
-
-def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """Round by round, then their median and range."""
-    values = [a / b for a, b in zip(theirs, ours, strict=True)]
-    return Ratio(statistics.median(values), min(values), max(values))
 
 
 def measure(case: Case, rounds: int) -> Result:

@@ -19,6 +19,8 @@ CLOCKS = ("cpu", "wall")
 
 
 def load(name: str) -> ModuleType:
+    if str(BENCHMARKS) not in sys.path:  # as a script has it
+        sys.path.insert(0, str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -153,3 +155,32 @@ def test_pyavs_ffmpeg_is_linked_under_the_names_torchcodec_asks_for(
     names = {path.name for path in tmp_path.iterdir()}
     assert any(re.fullmatch(r"libavcodec\.so\.\d+", name) for name in names)
     assert all(path.exists() for path in tmp_path.iterdir())
+
+
+def test_validate_prints_ratios_and_memory(tmp_path: Path) -> None:
+    file = tmp_path / "validate.json"
+    result = CliRunner().invoke(
+        load("validate").main, ["--lines", "2000", "--rounds", "1", "--json", str(file)],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert "pydantic / ours" in result.output
+    measured = json.loads(file.read_text())
+    assert measured["num_lines"] == 2000
+    assert set(measured["ratios"]) == {"faulty", "ten times", "pydantic", "DuckDB"}
+    assert measured["peak_pss_mb"] > 10
+
+
+def test_validate_spoils_lines_in_ways_that_are_found(tmp_path: Path) -> None:
+    import random
+
+    import phi3v_data
+
+    module = load("validate")
+    path = module.write_lines(tmp_path / "x.jsonl", 1)
+    line, rng = path.read_text().strip(), random.Random(0)
+    spoilt = {module.spoil(line, rng) for _ in range(200)}
+    assert len(spoilt) == 8
+    for number, text in enumerate(sorted(spoilt)):
+        (tmp_path / f"{number}.jsonl").write_text(text + "\n")
+        report = phi3v_data.validate([tmp_path / f"{number}.jsonl"])
+        assert report.counts, text
