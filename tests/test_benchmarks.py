@@ -184,3 +184,14 @@ def test_validate_spoils_lines_in_ways_that_are_found(tmp_path: Path) -> None:
         (tmp_path / f"{number}.jsonl").write_text(text + "\n")
         report = phi3v_data.validate([tmp_path / f"{number}.jsonl"])
         assert report.counts, text
+
+
+def test_validate_images_prints_ratios(tmp_path: Path) -> None:
+    file = tmp_path / "images.json"
+    result = CliRunner().invoke(
+        load("validate_images").main, ["--rounds", "1", "--cases", "1", "--json", str(file)],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert re.search(r"[0-9]+\.[0-9]+ \([0-9.]+-[0-9.]+\)", result.output)
+    assert json.loads(file.read_text())

@@ -5,6 +5,7 @@ The commands are made when they are asked for: of installed converters by name, 
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -300,9 +301,14 @@ def _print_conversion(result: "ConversionResult") -> None:
         _print_fault(console, fault.item, fault.detail, fault.traceback)
     if result.num_reused:
         console.print(f"{result.num_reused:,} items were finished by an earlier run.")
-    if any(result.counts.values()) and not is_address(str(result.out_dir)):
-        first = next(path for split, path in result.files.items() if result.counts[split])
-        console.print(Text(f"Next: phi3v-data validate {first}"))
+    # Test splits may lack answers: they are validated with an option, and apart.
+    files = [
+        str(path)
+        for split, path in result.files.items()
+        if result.counts[split] and not split.startswith("test")
+    ]
+    if files and not is_address(files[0]):
+        console.print(Text(f"Next: phi3v-data validate {shlex.join(files)}"))
 
 
 def _print_fault(console: "Console", item: str, detail: str, traceback: Sequence[str]) -> None:
