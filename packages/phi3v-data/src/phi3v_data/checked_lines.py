@@ -22,6 +22,7 @@ from phi3v_data.jsonl import byte_order_mark, default_image_root, read_lines
 from phi3v_data.rules import RULES, Context, Line
 from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample
+from phi3v_data.worker_pool import num_cores
 
 AnyPath = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -93,7 +94,7 @@ def check(
         allow_missing_answer,
         num_crops,
         ids_across_files,
-        num_workers or os.cpu_count() or 1,
+        num_workers or num_cores(),
         progress,
     )
 

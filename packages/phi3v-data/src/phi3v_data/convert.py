@@ -49,6 +49,7 @@ from phi3v_data.conversion.progress import conversion_progress
 from phi3v_data.conversion.source_copy import SourceCopy, fingerprint, is_archive
 from phi3v_data.converters import Converter, Item
 from phi3v_data.converters.function_converter import AnyConverter, as_converter
+from phi3v_data.worker_pool import num_cores
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
@@ -265,11 +266,7 @@ def _num_workers(num_workers: int | None, engine: Engine, output: Output) -> int
     if engine not in ("local", "ray"):
         raise ValueError(f"engine: expected local or ray, got {engine!r}")
     if num_workers is None:
-        if not output.takes_processes:
-            num_workers = 0
-    if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        return cores or os.cpu_count() or 1
+        num_workers = num_cores() if output.takes_processes else 0
     if num_workers < 0:
         raise ValueError(f"num_workers: expected at least 0, got {num_workers}")
     if not output.takes_processes and (num_workers or engine == "ray"):

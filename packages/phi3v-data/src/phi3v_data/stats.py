@@ -31,6 +31,7 @@ import xxhash
 from phi3v_data.image_place import ImagePlaces, MisplacedImage
 from phi3v_data.images import ImageError, probe_image
 from phi3v_data.jsonl import default_image_root, read_lines
+from phi3v_data.worker_pool import num_cores
 
 AnyPath: TypeAlias = str | os.PathLike[str]
 
@@ -305,7 +306,7 @@ def collect_stats(
             raise ValueError(f"{os.fspath(path)}: no such file")
     sizes = [os.path.getsize(path) for path in paths]
     total, files = Stats(), list[Stats]()
-    with _Prober(total.images, num_workers or 2 * (os.cpu_count() or 1)) as prober:
+    with _Prober(total.images, num_workers or 2 * num_cores()) as prober:
         for number, path in enumerate(paths):
             root = default_image_root(path) if images is None else images
             probe = prober.of_root(root) if look_at_images else None

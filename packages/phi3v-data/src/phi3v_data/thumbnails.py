@@ -9,7 +9,6 @@ all fit. Where even small ones do not fit, fewer of each group are drawn.
 """
 
 import io
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from phi3v_data.images import FORMATS, MAX_PIXELS, ImageError, probe_image, upright_rgb
+from phi3v_data.worker_pool import num_cores
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,7 +84,7 @@ def plan_thumbnails(groups: Sequence[Sequence[str]], budget_bytes: float) -> Pla
     """
     files = sorted({file for group in groups for file in group})
     measured = [files[position] for position in spread(len(files), NUM_MEASURED)]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+    with ThreadPoolExecutor(num_cores()) as executor:
         of_file = [sizes for sizes in executor.map(_sizes, measured) if sizes]
     plan = Plan(EDGES_PX[0], None)
     for max_per_group, edge in PLANS:
@@ -121,7 +121,7 @@ def draw(
     files: Sequence[str], edge_px: int, num_workers: int | None = None
 ) -> Iterator[tuple[str, Thumbnail]]:
     """Yield (file, its thumbnail) in order, drawn on threads: Pillow's codecs run beside Python."""
-    workers = num_workers or os.cpu_count() or 1
+    workers = num_workers or num_cores()
     running: deque[tuple[str, Future[Thumbnail]]] = deque()
     executor = ThreadPoolExecutor(workers, thread_name_prefix="thumbnail")
     try:

@@ -39,7 +39,7 @@ from phi3v_data.rules import RULES, Context, Line, select_rules
 from phi3v_data.rules.across import MAX_LABELS, Facts, FileFacts, Repeat
 from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample, Turn
-from phi3v_data.worker_pool import start_workers
+from phi3v_data.worker_pool import num_cores, start_workers
 
 RulesFor = Callable[[str], tuple[Rule, ...]]
 """A file to the rules that run on it."""
@@ -119,7 +119,7 @@ def validate(
         level=level,
         use_cache=use_cache,
         max_errors=max_errors,
-        num_workers=num_workers or _num_cores(),
+        num_workers=num_workers or num_cores(),
         progress=progress,
     )
     return run.report()
@@ -622,7 +622,3 @@ def _workers(num_workers: int) -> Generator[_RunAll, None, None]:
                     future.cancel()
 
         yield run_all
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,6 +7,7 @@ A terminal sends Ctrl-C to the whole group: workers that died of it would break 
 tracebacks between the lines of whoever answers.
 """
 
+import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +33,11 @@ def start_workers(pool: ProcessPoolExecutor, num_workers: int) -> None:
             "the worker processes cannot start; see their error above. A script that starts "
             'them needs `if __name__ == "__main__":` around the call, or num_workers of 0 or 1'
         ) from None
+
+
+def num_cores() -> int:
+    """Cores that this process may use: not always all of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _nothing() -> None:

@@ -282,25 +282,27 @@ def _print_conversion(result: "ConversionResult") -> None:
     from rich.text import Text
 
     from phi3v_data.addresses import is_address
+    from phi3v_data.report_words import count
 
     console = Console(soft_wrap=True, highlight=False)
-    title = f"{result.num_items:,} items"
+    title = count(result.num_items, "item")
     table = Table("split", "samples", "file", title=title, title_justify="left")
     table.columns[1].justify = "right"
-    for split, count in result.counts.items():
-        table.add_row(split, f"{count:,}", Text(str(result.files[split]).rpartition("/")[2]))
+    for split, number in result.counts.items():
+        table.add_row(split, f"{number:,}", Text(str(result.files[split]).rpartition("/")[2]))
     console.print(table)
     if result.rejected:
         rejected = Table("rejected because", "count", title_justify="left")
         rejected.columns[1].justify = "right"
-        for reason, count in result.rejected.items():
-            rejected.add_row(Text(reason), f"{count:,}", style="red")
+        for reason, number in result.rejected.items():
+            rejected.add_row(Text(reason), f"{number:,}", style="red")
         console.print(rejected)
         console.print(Text(f"Each is listed in {result.rejected_file}"))
     for fault in result.faults[:3]:
         _print_fault(console, fault.item, fault.detail, fault.traceback)
     if result.num_reused:
-        console.print(f"{result.num_reused:,} items were finished by an earlier run.")
+        was = "was" if result.num_reused == 1 else "were"
+        console.print(f"{count(result.num_reused, 'item')} {was} finished by an earlier run.")
     # Test splits may lack answers: they are validated with an option, and apart.
     files = [
         str(path)
