@@ -7,7 +7,7 @@
 Three passes, each over all cores:
 
 1. Blocks of lines: the rules about one line, and facts of all lines (`block_check`).
-2. Every distinct image, once (`image_check`).
+2. Every distinct image, once (`image_pass`).
 3. The lines whose images have something wrong, read again; most data sets have none.
 
 Then the rules across samples look at the facts. Memory does not grow with the size of the files but
@@ -22,23 +22,20 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
-import xxhash
 
 from phi3v_data.block_check import Block, BlockResult, Options, check_block, diagnostic, parse
-from phi3v_data.checked_lines import MAX_PER_RULE, AnyPath, Progress, missing_root
+from phi3v_data.checked_lines import MAX_PER_RULE, AnyPath, Progress
 from phi3v_data.diagnostics import Diagnostic, Report
-from phi3v_data.image_check import ImageCheck, Level, check_image
+from phi3v_data.image_check import ImageCheck, Level
+from phi3v_data.image_pass import FEW_IMAGES, FileImages, ImagePass, RunAll
 from phi3v_data.jsonl import default_image_root, read_lines
-from phi3v_data.quick_scan import QuickSample
 from phi3v_data.rules import RULES, Context, Line, select_rules
 from phi3v_data.rules.across import MAX_LABELS, Facts, FileFacts, Repeat
 from phi3v_data.rules.rule import Rule
-from phi3v_data.schema import Sample, Turn
+from phi3v_data.schema import Sample
 from phi3v_data.worker_pool import num_cores, start_workers
 
 RulesFor = Callable[[str], tuple[Rule, ...]]
@@ -49,12 +46,6 @@ BLOCK_BYTES = 1 << 18
 
 SMALL_BYTES = 4 << 20
 """Files of so much in all, and not many images, are checked in this process."""
-
-BATCH_IMAGES = 64
-"""Images in one task."""
-
-FEW_IMAGES = 32
-"""So few are checked in this process."""
 
 WINDOW = 4
 """Tasks under way, a worker."""
@@ -192,13 +183,23 @@ class _Run:
             self._check_lines(run_all)
         self._check_blanks()
         self._check_ids()
+        images = ImagePass(
+            files=tuple(
+                FileImages(file, self.roots[file], self.rules[file], found.images)
+                for file, found in self.of.items()
+            ),
+            num_crops=self.num_crops,
+            level=self.level,
+            use_cache=self.use_cache,
+            allow_missing_answer=self.allow_missing_answer,
+        )
         if self.takes_images and not self.is_full:
             num_paths = sum(len(found.images) for found in self.of.values())
             with _workers(self.num_workers if num_paths > FEW_IMAGES else 0) as run_all:
-                self._check_images(run_all)
-        elif self.takes_facts:
-            for found in self.of.values():
-                _note_images(found, {})
+                self._check_images(images, run_all)
+        if self.takes_facts:
+            for file in images.files:
+                self.of[file.file].facts.first_of_image = images.first_of_image(file)
         if not self.is_full:
             self._check_across()
         if self.progress is not None:
@@ -237,7 +238,7 @@ class _Run:
 
     # --- lines
 
-    def _check_lines(self, run_all: "_RunAll") -> None:
+    def _check_lines(self, run_all: RunAll) -> None:
         """The rules about one line, and the facts of all."""
         done, total = 0, sum(self.sizes.values())
         share = 0.5 if self.takes_images else 1.0
@@ -359,84 +360,21 @@ class _Run:
 
     # --- images
 
-    def _check_images(self, run_all: "_RunAll") -> None:
-        by_root: dict[str, list[str]] = {}
-        for file, found in self.of.items():
-            root = self.roots[file]
-            if found.images and not os.path.isdir(root):
-                self._add_missing_root(file, missing_root(file, Path(root)))
-            else:
-                by_root.setdefault(root, []).append(file)
-        for root, files in by_root.items():
-            paths = list(dict.fromkeys(path for file in files for path in self.of[file].images))
-            self.num_images += len(paths)
-            odd: dict[str, ImageCheck] = {}
-            hashes: dict[str, int] = {}
-            done, total = 0, sum(self.sizes.values())
-            for batch, checks in run_all(_check_batch, self._batches(root, files, paths)):
-                for path, (digest, check) in zip(batch.paths, checks, strict=True):
-                    hashes[path] = digest
-                    if check is not None:
-                        odd[path] = check
-                done += len(batch.paths)
-                if self.progress is not None:
-                    self.progress(int(total * (0.5 + 0.5 * done / len(paths))), total)
-            for file in files:
-                _note_images(self.of[file], hashes)
-                if odd and not self.is_full:
-                    self._check_odd_images(file, odd)
+    def _check_images(self, images: ImagePass, run_all: RunAll) -> None:
+        total = sum(self.sizes.values())
 
-    def _batches(self, root: str, files: list[str], paths: list[str]) -> "Iterator[_Batch]":
-        rules = tuple(
-            {
-                rule.code: rule
-                for file in files
-                for rule in self.rules[file]
-                if rule.code.startswith("I") and rule.subject == "sample"
-            }.values()
-        )
-        for start in range(0, len(paths), BATCH_IMAGES):
-            batch = tuple(paths[start : start + BATCH_IMAGES])
-            yield _Batch(
-                os.path.abspath(root), batch, rules, self.num_crops, self.level, self.use_cache
-            )
+        def progress(part: float) -> None:
+            if self.progress is not None:
+                self.progress(int(total * (0.5 + 0.5 * part)), total)
 
-    def _check_odd_images(self, file: str, odd: dict[str, ImageCheck]) -> None:
-        """Run the rules about images on the lines that have one of `odd`."""
-        found = self.of[file]
-        mine = {path: check for path, check in odd.items() if path in found.images}
-        rules = [rule for rule in self.rules[file] if rule.code.startswith("I")]
-        if not mine or not rules:
-            return
-        missing = [path for path, check in mine.items() if check.kind == "missing"]
-        if 1 < len(missing) == len(found.images) and any(rule.code == "I101" for rule in rules):
-            first = f"image {missing[0]!r} {mine[missing[0]].problem}"
-            root = self.roots[file]
-            everything = replace(
-                missing_root(file, Path(root)),
-                message=f"none of its {len(missing):,} images is under {root!r}; "
-                f"the first: {first}",
-                num_findings=len(missing),
-            )
-            self._add_missing_root(file, everything)
-            return
-        for number, sample in _samples_with(file, mine):
-            images = {path: mine[path] for path in sample.images if path in mine}
-            context = self._context(file, number, images, {})
-            for rule in rules:
-                if rule.subject == "sample":
-                    for finding in rule.check(sample, context):
-                        self._add(diagnostic(rule, finding, context, sample))
+        for found in images.findings(run_all, progress):
+            self._add(found)
+            if found.line is None:  # one cause, many lines: none of those with images is valid
+                for numbers in self.of[found.file].image_lines:
+                    self.of[found.file].invalid.update(numbers.tolist())
             if self.is_full:
-                return
-
-    def _add_missing_root(self, file: str, found: Diagnostic) -> None:
-        """One cause, many lines: none of those with images is valid."""
-        if all(rule.code != found.code for rule in self.rules[file]):
-            return
-        self._add(found)
-        for numbers in self.of[file].image_lines:
-            self.of[file].invalid.update(numbers.tolist())
+                break
+        self.num_images += images.num_images
 
     # --- across samples
 
@@ -494,13 +432,6 @@ def _is_about_a_line(rule: Rule) -> bool:
     return rule.subject != "dataset" and not rule.code.startswith("I") and rule.code != D_ID
 
 
-def _note_images(found: _File, hashes: dict[str, int]) -> None:
-    """Where each image is first, by the hash of its content, or else of its path."""
-    for path, number in found.images.items():
-        digest = hashes.get(path) or xxhash.xxh3_64_intdigest(path.encode("utf-8", "replace"))
-        found.facts.first_of_image.setdefault(digest, number)
-
-
 def _repeated(hashes: Any, lines: Any) -> set[int]:
     """The lines whose hash another line has, the first of them included."""
     order = np.argsort(hashes, kind="stable")
@@ -521,81 +452,15 @@ def _samples_of(file: str, numbers: set[int]) -> Iterator[tuple[int, Sample]]:
                 yield number, sample
 
 
-_decode: Callable[[bytes], Any] = msgspec.json.Decoder(QuickSample).decode
-
-
-def _samples_with(file: str, images: dict[str, ImageCheck]) -> Iterator[tuple[int, Sample]]:
-    """The samples that have one of some images."""
-    for number, content in read_lines(file):
-        try:
-            quick = _decode(content)
-            turns = [turn.images for turn in quick.conversations if turn.images]
-            is_wanted = any(path in images for paths in turns for path in paths)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError):
-            is_wanted = True
-        if is_wanted:
-            sample, _ = parse(content)
-            if sample is not None and any(path in images for path in sample.images):
-                yield number, sample
-
-
 # --- workers -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Images to check."""
-
-    root: str
-    paths: tuple[str, ...]
-    rules: tuple[Rule, ...]
-    num_crops: int
-    level: Level
-    use_cache: bool
 
 
 def _check_block(task: tuple[Block, Options]) -> BlockResult:
     return check_block(*task)
 
 
-def _check_batch(batch: _Batch) -> list[tuple[int, ImageCheck | None]]:
-    """xxh3 of each image, and what was found where a rule has something to say about it."""
-    from contextlib import ExitStack
-
-    from phi3v_data.check_cache import open_cache
-
-    results: list[tuple[int, ImageCheck | None]] = []
-    with ExitStack() as stack:
-        cache = stack.enter_context(open_cache(batch.level)) if batch.use_cache else None
-        for path in batch.paths:
-            check = check_image(Path(batch.root), path, batch.level, cache)
-            results.append((check.xxh3_64, check if _is_odd(path, check, batch) else None))
-    return results
-
-
-def _is_odd(path: str, check: ImageCheck, batch: _Batch) -> bool:
-    if check.kind != "ok":
-        return True
-    turn = Turn(images=(path,), user="", assistant="")
-    sample = Sample(id="-", source="-", conversations=(turn,))
-    context = Context(
-        file="",
-        line_number=1,
-        image_root=batch.root,
-        images={path: check},
-        ids={},
-        allow_missing_answer=True,
-        num_crops=batch.num_crops,
-    )
-    return any(True for rule in batch.rules for _ in rule.check(sample, context))
-
-
-_RunAll = Callable[[Callable[[Any], Any], Iterator[Any]], Iterator[tuple[Any, Any]]]
-"""(function, tasks) to (task, result), in the order of tasks."""
-
-
 @contextmanager
-def _workers(num_workers: int) -> Generator[_RunAll, None, None]:
+def _workers(num_workers: int) -> Generator[RunAll, None, None]:
     """Yield what runs tasks: in processes, or in this one where `num_workers` is below 2."""
     if num_workers < 2:
         yield lambda function, tasks: ((task, function(task)) for task in tasks)
