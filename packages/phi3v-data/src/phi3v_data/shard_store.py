@@ -1,0 +1,156 @@
+"""Where the files of a shard directory are, and how bytes of them are had.
+
+    store = open_store("shards/train")               # or s3://bucket/shards/train
+    store.read("manifest.json")                      # b'{...'
+    store.local_path(manifest.index)                 # PosixPath('shards/train/index.arrow')
+    store.ranges(manifest.shards[0], [(4, 900), (940, 1200)])    # [memoryview, memoryview]
+
+A reader knows nothing else of disks and object stores. A store pickles as its name, starts no
+thread before it is asked for bytes, and may be used in a process forked from the one that made it.
+"""
+
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from phi3v_data.addresses import is_address
+from phi3v_data.shard_format import FileEntry, ShardEntry, ShardError
+
+Span = tuple[int, int]
+"""(offset, length) in bytes."""
+
+POPULATE_READ = 22
+"""MADV_POPULATE_READ of Linux 5.14, for which `mmap` has no name before Python 3.15: maps the pages
+of a range in one call, where touching them takes a fault for every 16."""
+
+PAGE = mmap.PAGESIZE
+
+
+class ShardStore(Protocol):
+    """The files of one shard directory, wherever they are. Safe to use from many threads."""
+
+    @property
+    def name(self) -> str:
+        """The path or the address, as messages call it."""
+        ...
+
+    def read(self, file: str) -> bytes:
+        """A small file, whole.
+
+        Raises:
+            ShardError: it is missing.
+        """
+        ...
+
+    def local_path(self, entry: FileEntry) -> Path:
+        """A file on this machine with the content of `entry`; its size is checked.
+
+        Raises:
+            ShardError: it is missing or has another size.
+        """
+        ...
+
+    def ranges(self, entry: ShardEntry, spans: Sequence[Span]) -> list[memoryview]:
+        """Bytes of a shard, one view for every (offset, length), in order.
+
+        Raises:
+            ShardError: the shard is missing or has another size.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of files and connections. Views that were handed out stay valid."""
+        ...
+
+
+class LocalStore:
+    """A folder on this machine; shards are mapped when first needed."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._folder = Path(os.path.abspath(path))
+        self._lock = threading.Lock()
+        self._maps: dict[str, tuple[mmap.mmap, memoryview]] = {}
+
+    @property
+    def name(self) -> str:
+        """The absolute path."""
+        return os.fspath(self._folder)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return LocalStore, (self._folder,)
+
+    def read(self, file: str) -> bytes:
+        """See `ShardStore`."""
+        path = self._folder / file
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ShardError(f"{path}: missing") from None
+
+    def local_path(self, entry: FileEntry) -> Path:
+        """See `ShardStore`."""
+        path = self._folder / entry.name
+        try:
+            size = path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise ShardError(f"{path}: missing, but the manifest names it") from None
+        if size != entry.num_bytes:
+            raise ShardError(f"{path}: damaged: {size} bytes, the manifest says {entry.num_bytes}")
+        return path
+
+    def ranges(self, entry: ShardEntry, spans: Sequence[Span]) -> list[memoryview]:
+        """See `ShardStore`. The views are of the mapped file: nothing is copied."""
+        found = self._maps.get(entry.name)
+        if found is None:
+            found = self._map(entry)
+        mapped, view = found
+        if _CAN_POPULATE and spans:
+            # What is asked for lies together, nearly always: the images of one sample.
+            first = spans[0][0] // PAGE * PAGE
+            last = spans[-1][0] + spans[-1][1]
+            if 0 <= first < last <= len(mapped):
+                mapped.madvise(POPULATE_READ, first, last - first)
+        return [view[offset : offset + length] for offset, length in spans]
+
+    def close(self) -> None:
+        """See `ShardStore`."""
+        with self._lock:
+            self._maps = {}
+
+    def _map(self, entry: ShardEntry) -> tuple[mmap.mmap, memoryview]:
+        with self._lock:
+            found = self._maps.get(entry.name)
+            if found is None:
+                with open(self.local_path(entry), "rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                found = self._maps[entry.name] = (mapped, memoryview(mapped))
+        return found
+
+
+def open_store(path_or_url: str | os.PathLike[str]) -> ShardStore:
+    """The store of a path or an address.
+
+    Raises:
+        ValueError: nothing here can read such addresses.
+    """
+    if is_address(path_or_url):
+        from phi3v_data.remote_store import RemoteStore
+
+        return RemoteStore(os.fspath(path_or_url))
+    return LocalStore(path_or_url)
+
+
+def _can_populate() -> bool:
+    """Whether this kernel knows POPULATE_READ."""
+    with mmap.mmap(-1, PAGE) as probe:
+        try:
+            probe.madvise(POPULATE_READ, 0, PAGE)
+        except (OSError, AttributeError):
+            return False
+    return True
+
+
+_CAN_POPULATE = _can_populate()
