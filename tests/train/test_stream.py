@@ -9,9 +9,7 @@ import pytest
 import torch
 from phi3v_train.collator import Batch
 from phi3v_train.plan import plan_changes
-from phi3v_train.stream import StreamSettings, TrainStream, measure_shards, open_stream
-
-from tests.train.builders import open_toy
+from phi3v_train.stream import StreamSettings, TrainStream, open_stream
 
 SETTINGS = StreamSettings(
     num_crops=1, max_tokens_per_row=800, global_batch_size=5, num_epochs=2, seed=3
@@ -43,7 +41,7 @@ def stream(tiny: Path, toy_shards: Path) -> TrainStream:
 
 def changed(stream: TrainStream, **changes: Any) -> TrainStream:
     settings = replace(stream.settings, **changes)
-    return TrainStream(stream.reader, stream.encoder, stream.measures, settings)
+    return TrainStream(stream.sources, stream.encoder, stream.measures, settings)
 
 
 def test_every_sample_is_seen_once_an_epoch_in_another_order(stream: TrainStream) -> None:
@@ -134,17 +132,16 @@ def test_where_nothing_fits_there_is_nothing_to_train_on(stream: TrainStream) ->
 
 
 def test_the_identity_follows_data_and_settings_but_not_who_works(stream: TrainStream) -> None:
-    same = changed(stream, rank=1, world_size=2, num_workers=3, prefetch_rows=9, num_epochs=5)
+    same = changed(stream, rank=1, world_size=2, num_workers=3, prefetch_bytes=9, num_epochs=5)
     assert same.identity == stream.identity
     assert changed(stream, seed=4).identity != stream.identity
     assert changed(stream, global_batch_size=4).identity != stream.identity
 
 
-def test_progress_counts_the_samples_measured(tiny: Path, toy_shards: Path) -> None:
-    encoder, reader = open_toy(tiny, toy_shards)
-    seen: list[int] = []
-    measure_shards(reader, encoder, seen.append)
-    assert seen == list(range(1, 13))
+def test_progress_ends_with_all_samples_measured(tiny: Path, toy_shards: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    open_stream(toy_shards, tiny, SETTINGS, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (12, 12)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

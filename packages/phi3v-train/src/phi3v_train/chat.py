@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from jaxtyping import Int64
 from numpy.typing import NDArray
 from phi3v_data.schema import Sample, Turn
 from tokenizers import Tokenizer
@@ -37,6 +38,9 @@ from phi3v_train.hd_transform import num_image_tokens
 
 IGNORE_INDEX = -100
 """Label of a position without loss, as in transformers."""
+
+PROMPT_FORMAT_VERSION = 1
+"""Raised with every change of the rules above: lengths that were stored are counted again."""
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
@@ -72,6 +76,16 @@ class EncodedText:
     def num_tokens(self) -> int:
         """Text tokens alone."""
         return sum(len(piece) for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A text that is tokenized alone."""
+
+    text: str
+    is_learned: bool
+    starts_piece: bool
+    """BOS comes first."""
 
 
 class ChatEncoder:
@@ -122,33 +136,36 @@ class ChatEncoder:
         Raises:
             ValueError: image marks that don't match the images, or an answer that is missing.
         """
-        pieces: list[list[int]] = [[self.ids.bos]]
-        labels: list[list[int]] = [[IGNORE_INDEX]]
-        last = len(sample.conversations) - 1
-        carried = ""  # text that belongs in front of the next turn's, in the same piece
-        for position, turn in enumerate(sample.conversations):
-            texts = user_pieces(turn, sample.id)
-            texts[0] = carried + "<|user|>\n" + texts[0]
-            texts[-1] += "<|end|>\n<|assistant|>\n"
-            for number, text in enumerate(texts):
-                if number:
-                    pieces.append([self.ids.bos])
-                    labels.append([IGNORE_INDEX])
-                ids = self._tokenize(text)
-                pieces[-1] += ids
-                labels[-1] += [IGNORE_INDEX] * len(ids)
-            if for_generation and position == last:
-                break
-            answer = (turn.assistant or "").lstrip(_WHITE_SPACE)
-            if not answer:
-                raise ValueError(f"sample {sample.id!r}: turn {position} has no answer to learn")
-            ids = self._tokenize(answer + "<|end|>")
-            if position == last:
-                ids += self._tokenize("\n<|endoftext|>")
-            carried = "\n"
+        pieces: list[list[int]] = []
+        labels: list[list[int]] = []
+        for span in chat_spans(sample, for_generation=for_generation):
+            if span.starts_piece:
+                pieces.append([self.ids.bos])
+                labels.append([IGNORE_INDEX])
+            ids = self._tokenize(span.text)
             pieces[-1] += ids
-            labels[-1] += ids
+            labels[-1] += ids if span.is_learned else [IGNORE_INDEX] * len(ids)
         return EncodedText(tuple(map(tuple, pieces)), tuple(map(tuple, labels)))
+
+    def count_tokens(self, samples: Sequence[Sample]) -> Int64[NDArray[np.int64], "2 N"]:
+        """Text tokens, and tokens that carry loss, of many samples: what `encode_text` would give.
+
+        Each different text is tokenized once, so that a prompt that all samples share costs little.
+
+        Raises:
+            ValueError: a sample that cannot be encoded; the message names it.
+        """
+        spans = [chat_spans(sample) for sample in samples]
+        texts = list(dict.fromkeys(span.text for of_sample in spans for span in of_sample))
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        length_of = {
+            text: len(encoding.ids) for text, encoding in zip(texts, encodings, strict=True)
+        }
+        counts = np.empty((2, len(samples)), dtype=np.int64)
+        for number, of_sample in enumerate(spans):
+            counts[0, number] = sum(length_of[s.text] + s.starts_piece for s in of_sample)
+            counts[1, number] = sum(length_of[s.text] for s in of_sample if s.is_learned)
+        return counts
 
     def assemble(
         self, text: EncodedText, grids: Sequence[tuple[int, int]]
@@ -182,6 +199,37 @@ class ChatEncoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids to text, special tokens left out, outer white space stripped."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def chat_spans(sample: Sample, *, for_generation: bool = False) -> list[Span]:
+    """The texts of a conversation in order, as they are tokenized.
+
+    Args:
+        sample: the conversation.
+        for_generation: stop after the last turn's `<|assistant|>` and leave its answer out.
+
+    Raises:
+        ValueError: image marks that don't match the images, or an answer that is missing.
+    """
+    spans: list[Span] = []
+    last = len(sample.conversations) - 1
+    carried = ""  # text that belongs in front of the next turn's, in the same piece
+    for position, turn in enumerate(sample.conversations):
+        texts = user_pieces(turn, sample.id)
+        texts[0] = carried + "<|user|>\n" + texts[0]
+        texts[-1] += "<|end|>\n<|assistant|>\n"
+        for number, text in enumerate(texts):
+            spans.append(Span(text, is_learned=False, starts_piece=number > 0 or position == 0))
+        if for_generation and position == last:
+            break
+        answer = (turn.assistant or "").lstrip(_WHITE_SPACE)
+        if not answer:
+            raise ValueError(f"sample {sample.id!r}: turn {position} has no answer to learn")
+        spans.append(Span(answer + "<|end|>", is_learned=True, starts_piece=False))
+        if position == last:
+            spans.append(Span("\n<|endoftext|>", is_learned=True, starts_piece=False))
+        carried = "\n"
+    return spans
 
 
 def user_pieces(turn: Turn, sample_id: str = "") -> list[str]:

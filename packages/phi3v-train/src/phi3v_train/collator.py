@@ -18,8 +18,9 @@ Pixels stay uint8 and the global view is left out: both are made on the device, 
 ships a quarter of the bytes and does none of the float work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,8 +141,16 @@ class SampleEncoder:
         return num_tokens, sum(layout.grid[0] * layout.grid[1] + 1 for layout in layouts)
 
 
-def collate(samples: Sequence[EncodedSample]) -> Batch:
+Allocate = Callable[[tuple[int, ...], "np.dtype[Any]"], NDArray[Any]]
+"""Makes an array of a shape and dtype, to be filled."""
+
+
+def collate(samples: Sequence[EncodedSample], allocate: Allocate | None = None) -> Batch:
     """Put encoded samples into one row, in the order given.
+
+    Args:
+        samples: at least one.
+        allocate: where the row's arrays go; none: ordinary memory.
 
     Raises:
         ValueError: no samples; an idle rank gets `dummy_row`.
@@ -149,39 +158,44 @@ def collate(samples: Sequence[EncodedSample]) -> Batch:
     if not samples:
         raise ValueError("a row needs at least one sample, got none")
     lengths = [len(sample.input_ids) for sample in samples]
-    labels = np.concatenate([sample.labels for sample in samples])
+    bounds = np.cumsum([0, *lengths], dtype=np.int32)
+    labels = _joined([sample.labels for sample in samples], allocate)
     return Batch(
-        input_ids=torch.from_numpy(np.concatenate([sample.input_ids for sample in samples])),
+        input_ids=torch.from_numpy(_joined([sample.input_ids for sample in samples], allocate)),
         labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        position_ids=torch.from_numpy(_joined([np.arange(n) for n in lengths], allocate)),
+        cu_seqlens=torch.from_numpy(_joined([bounds], allocate)),
         max_seqlen=max(lengths),
         sample_ids=tuple(sample.sample_id for sample in samples),
-        pixel_values=torch.from_numpy(_joined([sample.crops for sample in samples])),
-        crop_grid=torch.from_numpy(np.concatenate([sample.crop_grid for sample in samples])),
+        pixel_values=torch.from_numpy(_joined([sample.crops for sample in samples], allocate)),
+        crop_grid=torch.from_numpy(_joined([sample.crop_grid for sample in samples], allocate)),
         num_label_tokens=int((labels != IGNORE_INDEX).sum()),
     )
 
 
-def _joined(crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """All crops in one array; a single array, the common case of large pages, is not copied."""
-    return crops[0] if len(crops) == 1 else np.concatenate(crops)
+def _joined(arrays: Sequence[NDArray[Any]], allocate: Allocate | None = None) -> NDArray[Any]:
+    """All in one array; in ordinary memory a single one, a large page's crops, is not copied."""
+    if allocate is None:
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    shape = (sum(len(array) for array in arrays), *arrays[0].shape[1:])
+    return np.concatenate(arrays, out=allocate(shape, arrays[0].dtype))
 
 
-def dummy_row(token_id: int) -> Batch:
-    """A row of one token without loss, for a rank that has nothing to do in a step.
+def dummy_sample(token_id: int) -> EncodedSample:
+    """One token without loss: what the row of a rank is made of that has nothing to do in a step.
 
     Its gradient is zero everywhere, but it is there: all ranks then run the same number of
     backward passes.
     """
-    return collate(
-        [
-            EncodedSample(
-                sample_id="",
-                input_ids=np.array([token_id], dtype=np.int64),
-                labels=np.array([IGNORE_INDEX], dtype=np.int64),
-                crops=np.zeros((0, 3, CROP, CROP), dtype=np.uint8),
-                crop_grid=np.zeros((0, 2), dtype=np.int32),
-            )
-        ]
+    return EncodedSample(
+        sample_id="",
+        input_ids=np.array([token_id], dtype=np.int64),
+        labels=np.array([IGNORE_INDEX], dtype=np.int64),
+        crops=np.zeros((0, 3, CROP, CROP), dtype=np.uint8),
+        crop_grid=np.zeros((0, 2), dtype=np.int32),
     )
+
+
+def dummy_row(token_id: int) -> Batch:
+    """A row of `dummy_sample` alone."""
+    return collate([dummy_sample(token_id)])

@@ -26,8 +26,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
+from phi3v_data.addresses import is_address
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Strict,
+    ValidationError,
+)
 from pydantic import model_validator as _model_validator
+from pydantic_core import PydanticCustomError
 
 
 class ConfigError(ValueError):
@@ -39,7 +51,19 @@ class ConfigError(ValueError):
 Part = Literal["vision", "projector", "llm"]
 """A part of the model: CLIP, the image projector with its separators, the language model."""
 
+
+def _place(value: object) -> Path | str:
+    if isinstance(value, str) and is_address(value):
+        return value
+    if isinstance(value, str | Path):
+        return Path(value).expanduser()
+    raise PydanticCustomError("path_type", "Input should be a path")
+
+
 PathField = Annotated[Path, Strict(False), AfterValidator(Path.expanduser)]
+Place = Annotated[Path | str, PlainValidator(_place)]
+"""A path, or an address such as s3://bucket/shards/train."""
+
 Parts = Annotated[tuple[Part, ...], Strict(False)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -101,13 +125,46 @@ class MethodConfig(_Section):
         return tuple(p for p in typing.get_args(Part) if p in wanted and p not in self.freeze)
 
 
+class SourceConfig(_Section):
+    """One of several shard directories to train on."""
+
+    path: Place
+    """Shard directory, made by `phi3v-data shard`."""
+
+    weight: Positive | None = None
+    """Its share of an epoch, relative to the others'; none for all: every sample once."""
+
+
+def _listed(value: object) -> object:
+    """One source, or a list of names and sections, as a list of sections."""
+    sources = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": s} if isinstance(s, str | Path) else s for s in sources)
+
+
+def _as_written(sources: tuple[SourceConfig, ...]) -> object:
+    """The other way: a lone source is its name."""
+    written = [
+        str(s.path) if s.weight is None else {"path": str(s.path), "weight": s.weight}
+        for s in sources
+    ]
+    return written[0] if len(written) == 1 and sources[0].weight is None else written
+
+
+TrainSources = Annotated[
+    tuple[SourceConfig, ...],
+    Field(min_length=1),
+    BeforeValidator(_listed),
+    PlainSerializer(_as_written),
+]
+
+
 class DataConfig(_Section):
     """Which samples, and how they become rows."""
 
-    train: PathField
-    """Shard directory to train on, made by `phi3v-data shard`."""
+    train: TrainSources
+    """Shard directory to train on, made by `phi3v-data shard`; or a list of them."""
 
-    eval: PathField | None = None
+    eval: Place | None = None
     """Shard directory to evaluate on; none: no evaluation."""
 
     num_crops: Count = 16
@@ -125,8 +182,8 @@ class DataConfig(_Section):
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Processes per rank that decode and encode; 0 does it in the training process."""
 
-    prefetch_rows: Count = 2
-    """Rows every worker keeps ready."""
+    prefetch_mib: Count = 512
+    """Memory per rank, in MiB, for rows that workers make ahead of the step that needs them."""
 
 
 class OptimConfig(_Section):
@@ -279,7 +336,7 @@ _WITHOUT_EFFECT_ON_THE_RESULT = (
     "data.train",
     "data.eval",
     "data.num_workers",
-    "data.prefetch_rows",
+    "data.prefetch_mib",
     "method.gradient_checkpointing",
     "train.log_every",
     "checkpoint",

@@ -10,25 +10,32 @@ finished; `stream.identity` says of which data and settings it is a position. Wo
 decode and encode whole rows ahead; a row's content never depends on who made it.
 """
 
-import os
-import signal
-from collections.abc import Callable, Generator, Iterator
+import bisect
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from phi3v_data.shards import ShardReader, open_shards
-from torch.utils.data import DataLoader, Dataset
+from phi3v_data.shards import ShardReader
 
 from phi3v_train.chat import ChatEncoder
-from phi3v_train.collator import Batch, SampleEncoder, collate, dummy_row
+from phi3v_train.collator import Batch, EncodedSample, SampleEncoder, collate, dummy_sample
 from phi3v_train.hd_transform import Resize
+from phi3v_train.image_lengths import image_lengths
 from phi3v_train.plan import EpochPlan, PlanSettings, Row, plan_epoch, split_overlong
+from phi3v_train.row_workers import Request, rows_ahead
+from phi3v_train.shared_rows import row_bytes
+from phi3v_train.sources import Source, Sources, open_sources
+from phi3v_train.text_lengths import text_lengths
 
 MOST_NAMED = 5
 """Samples listed by id where many have the same problem."""
+
+PREFETCH_BYTES = 512 << 20
+"""Of rows ahead of the trainer, unless said otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,63 +55,79 @@ class StreamSettings:
     world_size: int = 1
     num_workers: int = 0
     """Processes that make rows; 0: this one."""
-    prefetch_rows: int = 2
-    """Rows each worker keeps ready."""
+    prefetch_bytes: int = PREFETCH_BYTES
+    """Of rows that workers make ahead, all together."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Measures:
-    """Tokens and crops of every sample of a shard directory."""
+    """What every sample amounts to, (N,) each."""
 
     num_tokens: NDArray[np.int64]
     num_crops: NDArray[np.int64]
     """Crops the vision tower runs, global views included."""
+    num_images: NDArray[np.int64]
+    num_label_tokens: NDArray[np.int64]
+    """Tokens that carry loss."""
 
 
 def measure_shards(
-    reader: ShardReader, encoder: SampleEncoder, on_progress: Callable[[int], None] | None = None
+    reader: ShardReader,
+    encoder: SampleEncoder,
+    on_progress: Callable[[int], None] | None = None,
+    *,
+    cache_dir: Path | None = None,
 ) -> Measures:
-    """Length and crop count of every sample, from texts and image sizes in the index.
+    """Measure every sample, from texts and image sizes in the index.
+
+    Args:
+        reader: of a shard directory.
+        encoder: tokenizer and crop count.
+        on_progress: called with the number of samples measured so far.
+        cache_dir: where text lengths are stored; none: the user's cache.
 
     Raises:
         ValueError: a sample that cannot be encoded; the message names it.
     """
-    tokens = np.zeros(len(reader), dtype=np.int64)
-    crops = np.zeros(len(reader), dtype=np.int64)
-    for number in range(len(reader)):
-        sample = reader.sample(number)
-        try:
-            sizes = reader.image_sizes_wh(number)
-            tokens[number], crops[number] = encoder.measure(sample, sizes)
-        except ValueError as error:
-            raise ValueError(f"sample {sample.id!r}: {error}") from error
-        if on_progress is not None:
-            on_progress(number + 1)
-    return Measures(tokens, crops)
+    texts = text_lengths(reader, encoder.chat, cache_dir=cache_dir, on_progress=on_progress)
+    images = image_lengths(reader, encoder.num_crops)
+    return Measures(
+        num_tokens=texts.num_tokens + images.num_tokens,
+        num_crops=images.num_crops,
+        num_images=images.num_images,
+        num_label_tokens=texts.num_label_tokens,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """What went wrong in a worker, carried to the trainer as a value: one line, no traceback."""
+def measure_sources(
+    sources: Sources,
+    encoder: SampleEncoder,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Measures:
+    """Measure every sample of several shard directories, in the order of their numbers.
 
-    message: str
+    Args:
+        sources: the directories.
+        encoder: tokenizer and crop count.
+        on_progress: called with the number of samples measured so far, and that of all.
 
+    Raises:
+        ValueError: a sample that cannot be encoded; the message names it.
+    """
+    parts: list[Measures] = []
+    for reader, start in zip(sources.readers, sources.starts[:-1], strict=True):
 
-class _Rows(Dataset["Batch | _Failure"]):
-    """Rows of sample numbers to batches; lives in the workers."""
+        def report(count: int, start: int = start) -> None:
+            if on_progress is not None:
+                on_progress(start + count, len(sources))
 
-    def __init__(self, reader: ShardReader, encoder: SampleEncoder) -> None:
-        self.reader = reader
-        self.encoder = encoder
-
-    def __getitem__(self, row: Row) -> "Batch | _Failure":  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not row:
-            return dummy_row(self.encoder.chat.ids.bos)
-        try:
-            records = [self.reader[number] for number in row]
-            return collate([self.encoder(r.sample, r.images) for r in records])
-        except ValueError as error:
-            return _Failure(str(error))
+        parts.append(measure_shards(reader, encoder, report))
+    return Measures(
+        num_tokens=np.concatenate([part.num_tokens for part in parts]),
+        num_crops=np.concatenate([part.num_crops for part in parts]),
+        num_images=np.concatenate([part.num_images for part in parts]),
+        num_label_tokens=np.concatenate([part.num_label_tokens for part in parts]),
+    )
 
 
 class TrainStream:
@@ -112,12 +135,12 @@ class TrainStream:
 
     def __init__(
         self,
-        reader: ShardReader,
+        sources: Sources,
         encoder: SampleEncoder,
         measures: Measures,
         settings: StreamSettings,
     ) -> None:
-        self.reader = reader
+        self.sources = sources
         self.encoder = encoder
         self.measures = measures
         self.settings = settings
@@ -126,31 +149,33 @@ class TrainStream:
         """Numbers of the samples longer than a row."""
         if len(overlong) and settings.overlong == "error":
             raise ValueError(
-                f"{len(overlong)} of {len(reader)} samples are longer than a row of "
-                f"{settings.max_tokens_per_row} tokens ({self._name(overlong)}); raise "
+                f"{len(overlong)} of {len(sources)} samples are longer than a row of "
+                f"{settings.max_tokens_per_row} tokens ({self.name_overlong()}); raise "
                 "data.max_tokens_per_row, lower data.num_crops, or set data.overlong=drop"
             )
         if not len(fitting):
             raise ValueError(
-                f"{reader.path} has no sample that fits a row of {settings.max_tokens_per_row} "
+                f"{sources.name} has no sample that fits a row of {settings.max_tokens_per_row} "
                 "tokens; raise data.max_tokens_per_row"
             )
         self._samples = fitting
         self._plans: dict[int, EpochPlan] = {}
+        self._epoch_ends: list[int] = []  # steps up to the end of each epoch, as far as asked for
 
-    def _name(self, numbers: NDArray[np.int64]) -> str:
+    def name_overlong(self) -> str:
+        """The first samples that are longer than a row, by id and length, and how many more."""
         names = [
-            f"{self.reader.sample(int(n)).id}: {self.measures.num_tokens[n]} tokens"
-            for n in numbers[:MOST_NAMED]
+            f"{self.sources.sample(int(n)).id}: {self.measures.num_tokens[n]} tokens"
+            for n in self.overlong[:MOST_NAMED]
         ]
-        more = len(numbers) - len(names)
+        more = len(self.overlong) - len(names)
         return ", ".join(names) + (f", and {more} more" if more else "")
 
     @cached_property
     def identity(self) -> PlanSettings:
         """What a position in this stream is a position of."""
         return PlanSettings(
-            dataset_fingerprint=self.reader.fingerprint,
+            dataset_fingerprint=self.sources.fingerprint,
             tokenizer_hash=self.encoder.chat.fingerprint,
             num_crops=self.settings.num_crops,
             max_tokens_per_row=self.settings.max_tokens_per_row,
@@ -161,13 +186,33 @@ class TrainStream:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
-        return self.plan(0).num_steps
+        """Optimizer steps in the first epoch."""
+        return self._epoch_end(0)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps in all epochs."""
-        return self.steps_per_epoch * self.settings.num_epochs
+        return self._epoch_end(self.settings.num_epochs - 1)
+
+    def epoch_of(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it) of a step counted from the start of the run."""
+        while self._epoch_end(len(self._epoch_ends) - 1) <= step:
+            self._epoch_end(len(self._epoch_ends))
+        epoch = bisect.bisect_right(self._epoch_ends, step)
+        return epoch, step - (self._epoch_ends[epoch - 1] if epoch else 0)
+
+    def epochs_at(self, done: int) -> float:
+        """Epochs, whole and begun, behind the first `done` steps."""
+        if done == 0:
+            return 0.0
+        epoch, within = self.epoch_of(done - 1)
+        return epoch + (within + 1) / self.plan(epoch).num_steps
+
+    def _epoch_end(self, epoch: int) -> int:
+        while len(self._epoch_ends) <= max(epoch, 0):
+            start = self._epoch_ends[-1] if self._epoch_ends else 0
+            self._epoch_ends.append(start + self.plan(len(self._epoch_ends)).num_steps)
+        return self._epoch_ends[max(epoch, 0)]
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch; the last one asked for is kept."""
@@ -187,7 +232,7 @@ class TrainStream:
 
     def rows_of_step(self, step: int) -> tuple[Row, ...]:
         """The rows this rank runs in a step, counted from the start of the run."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = self.epoch_of(step)
         return self.plan(epoch).rows(within, self.settings.rank)
 
     def steps(
@@ -200,79 +245,87 @@ class TrainStream:
             stop: the step to stop before; default: the end of the last epoch.
 
         Raises:
-            ValueError: a sample that cannot be read or encoded; the message names it.
+            ValueError: a sample that cannot be read or encoded; the message names it and its shard.
+            WorkerDied: a worker was killed.
         """
         stop = self.num_steps if stop is None else stop
-        loader = iter(self._loader(start, stop))
-        try:
-            for step in range(start, stop):
-                rows: list[Batch] = []
-                for _ in self.rows_of_step(step):
-                    row = next(loader)
-                    if isinstance(row, _Failure):
-                        raise ValueError(row.message)
-                    rows.append(row)
-                yield step, rows
-        finally:
-            # Ends the workers, whoever still holds this generator or an error raised in it: they
-            # ignore SIGTERM, so Python would wait for them for ever when it exits.
-            del loader
+        if start >= stop:
+            return
+        num_rows: dict[int, int] = {}  # of the steps that were asked for and are not done
 
-    def _loader(self, start: int, stop: int) -> "DataLoader[Batch | _Failure]":
-        settings = self.settings
-        return DataLoader(
-            _Rows(self.reader, self.encoder),
-            batch_size=None,
-            sampler=_RowSequence(self, start, stop),
-            num_workers=settings.num_workers,
-            prefetch_factor=settings.prefetch_rows if settings.num_workers else None,
-            worker_init_fn=_start_worker,
-            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]: typed for lists only
+        def requests() -> Iterator[Request]:
+            for step in range(start, stop):
+                rows = self.rows_of_step(step)
+                num_rows[step] = len(rows)
+                yield from (Request(row, self._row_bytes(row)) for row in rows)
+
+        with closing(self._rows(requests())) as batches:
+            for step in range(start, stop):
+                rows = [next(batches)]  # all ranks run at least one; now its step is planned
+                rows += [next(batches) for _ in range(num_rows.pop(step) - 1)]
+                yield step, rows
+
+    def _rows(self, requests: Iterator[Request]) -> Generator[Batch, None, None]:
+        if self.settings.num_workers == 0:
+            return (collate(self.encode_row(request.numbers)) for request in requests)
+        return rows_ahead(
+            requests,
+            self.encode_row,
+            num_workers=self.settings.num_workers,
+            max_bytes=self.settings.prefetch_bytes,
+        )
+
+    def encode_row(self, numbers: Sequence[int]) -> list[EncodedSample]:
+        """The samples of a row, read, decoded and encoded; of an empty row, one without loss.
+
+        Raises:
+            ValueError: a sample that cannot be read or encoded; the message names it and its shard.
+        """
+        if not numbers:
+            return [dummy_sample(self.encoder.chat.ids.bos)]
+        encoded: list[EncodedSample] = []
+        for number in numbers:
+            try:
+                record = self.sources[number]
+                encoded.append(self.encoder(record.sample, record.images))
+            except ValueError as error:
+                place = self.sources.place(number)
+                told = str(error)
+                raise ValueError(told if place in told else f"{place}: {told}") from error
+        return encoded
+
+    def _row_bytes(self, row: Row) -> int:
+        if not row:
+            return row_bytes(1, 1, 0, 0)
+        numbers = np.array(row)
+        measures = self.measures
+        num_images = int(measures.num_images[numbers].sum())
+        return row_bytes(
+            num_tokens=int(measures.num_tokens[numbers].sum()),
+            num_samples=len(row),
+            num_images=num_images,
+            num_local_crops=int(measures.num_crops[numbers].sum()) - num_images,
         )
 
 
-class _RowSequence:
-    """The rows from one step to another, one after another: what a loader calls a sampler."""
-
-    def __init__(self, stream: TrainStream, start: int, stop: int) -> None:
-        self.stream = stream
-        self.start = start
-        self.stop = stop
-
-    def __iter__(self) -> Iterator[Row]:
-        for step in range(self.start, self.stop):
-            yield from self.stream.rows_of_step(step)
-
-
-def _as_it_is(row: "Batch | _Failure") -> "Batch | _Failure":
-    return row
-
-
-def _start_worker(_: int) -> None:
-    # These reach the whole process group of a terminal or batch job. The trainer decides what
-    # they mean; a worker leaves when its loader, or its parent, is gone.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
 def open_stream(
-    shards: str | Path,
+    shards: str | Path | Sequence[Source],
     model_folder: str | Path,
     settings: StreamSettings,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> TrainStream:
-    """Open a shard directory for training.
+    """Open a shard directory, or several, for training.
 
     Args:
-        shards: made by `phi3v-data shard`.
+        shards: made by `phi3v-data shard`; several with their weights.
         model_folder: holds the `tokenizer.json`.
         settings: see there.
-        on_progress: called with the number of samples measured so far.
+        on_progress: called with the number of samples measured so far, and that of all.
 
     Raises:
         ValueError: not shards, not a model folder, or samples longer than a row.
     """
-    reader = open_shards(shards)
+    listed = [Source(shards)] if isinstance(shards, str | Path) else shards
+    sources = open_sources(listed)
     encoder = SampleEncoder(ChatEncoder(model_folder), settings.num_crops, settings.resize)
-    return TrainStream(reader, encoder, measure_shards(reader, encoder, on_progress), settings)
+    return TrainStream(sources, encoder, measure_sources(sources, encoder, on_progress), settings)

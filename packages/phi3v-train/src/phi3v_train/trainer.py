@@ -63,6 +63,7 @@ from phi3v_train.methods import (
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
 from phi3v_train.runlog import Interval, Line, RunLog, print_box
 from phi3v_train.schedule import learning_rate
+from phi3v_train.sources import Source
 from phi3v_train.stream import StreamSettings, TrainStream, open_stream
 
 OUTPUTS = ("checkpoints", "eval", "model", "adapter", "log.jsonl", "config.yaml")
@@ -320,22 +321,22 @@ def _open_stream(config: TrainConfig, world: World) -> TrainStream:
         rank=world.rank,
         world_size=world.world_size,
         num_workers=config.data.num_workers,
-        prefetch_rows=config.data.prefetch_rows,
+        prefetch_bytes=config.data.prefetch_mib << 20,
     )
-    count = len(open_shards(config.data.train))
-    with _progress("measuring samples", count, is_shown=world.is_main) as on_progress:
-        return open_stream(config.data.train, config.model, settings, on_progress)
+    sources = [Source(source.path, source.weight) for source in config.data.train]
+    with _progress("measuring samples", is_shown=world.is_main) as on_progress:
+        return open_stream(sources, config.model, settings, on_progress)
 
 
 @contextmanager
-def _progress(title: str, total: int, *, is_shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, gone when done; yields what to call with the number done."""
+def _progress(title: str, *, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, gone when done; yields what to call with (done, of all)."""
     console = Console(stderr=True)
     with Progress(
         console=console, transient=True, disable=not (is_shown and console.is_terminal)
     ) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _num_epochs(config: TrainConfig) -> int:
@@ -371,7 +372,7 @@ def _evaluate(
     reader = open_shards(config.data.eval)
     count = min(len(reader), config.eval.limit or len(reader))
     own = range(world.rank, count, world.world_size)
-    with _progress(f"evaluating {when}", len(own), is_shown=world.is_main) as on_progress:
+    with _progress(f"evaluating {when}", is_shown=world.is_main) as on_progress:
         shares = world.gather(
             evaluate(
                 model,
@@ -379,7 +380,7 @@ def _evaluate(
                 reader,
                 numbers=own,
                 max_new_tokens=config.eval.max_new_tokens,
-                on_progress=on_progress,
+                on_progress=lambda done: on_progress(done, len(own)),
             )
         )
     merged = [
@@ -427,7 +428,7 @@ def _line(
     return Line(
         step=done,
         num_steps=num_steps,
-        epoch=done / stream.steps_per_epoch,
+        epoch=stream.epochs_at(done),
         loss=interval.loss / interval.num_steps,
         learning_rate=rate,
         grad_norm=norm,
