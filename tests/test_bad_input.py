@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from phi3v_data.cli import main as phi3v_data
 from phi3v_data.schema import Sample, Turn
-from phi3v_data.shards import write_shards
+from phi3v_data.shard_writer import write_shards
 from phi3v_train.cli import main as phi3v_train
 from PIL import Image
 

@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from phi3v_data import Sample, Turn, shard_writer, write_samples
-from phi3v_data.shards import Record, ShardError, open_shards, verify_shards, write_shards
+from phi3v_data.shard_verify import verify_shards
+from phi3v_data.shard_writer import write_shards
+from phi3v_data.shards import Record, ShardError, open_shards
 from PIL import Image
 
 

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from phi3v_data.schema import Sample as Sample
     from phi3v_data.schema import Turn as Turn
     from phi3v_data.schema import json_schema as json_schema
+    from phi3v_data.shard_verify import verify_shards as verify_shards
+    from phi3v_data.shard_writer import write_shards as write_shards
     from phi3v_data.shards import Record as Record
     from phi3v_data.shards import ShardError as ShardError
     from phi3v_data.shards import ShardReader as ShardReader
     from phi3v_data.shards import open_shards as open_shards
-    from phi3v_data.shards import verify_shards as verify_shards
-    from phi3v_data.shards import write_shards as write_shards
     from phi3v_data.validate import validate as validate
 
 _HOME = {
@@ -59,8 +59,8 @@ _HOME = {
     "ShardError": "shards",
     "ShardReader": "shards",
     "open_shards": "shards",
-    "verify_shards": "shards",
-    "write_shards": "shards",
+    "verify_shards": "shard_verify",
+    "write_shards": "shard_writer",
     "Diagnostic": "diagnostics",
     "Report": "diagnostics",
     "validate": "validate",

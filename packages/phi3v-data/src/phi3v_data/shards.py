@@ -2,8 +2,6 @@
 # pyarrow ships no type stubs; it enters by shard_index.
 """Shards: a validated data set as Parquet files that are read like a memory map.
 
-    write_shards(["train.jsonl"], "shards/train")
-
     shards = open_shards("shards/train")
     len(shards)                     # 300
     record = shards[17]
@@ -11,12 +9,9 @@
     record.images                   # its images, encoded, as memoryviews of the file: no copy
     shards.image_sizes_wh(17)       # ((320, 240), ...), from the index: no image is touched
 
-    verify_shards("shards/train")   # [] or what is damaged
-
-What is on disk: `phi3v_data.shard_format`.
+What is on disk: `phi3v_data.shard_format`. Written by `shard_writer`, checked by `shard_verify`.
 """
 
-import hashlib
 import mmap
 import os
 import threading
@@ -31,18 +26,8 @@ from pydantic import ValidationError
 from phi3v_data.schema import Sample
 from phi3v_data.shard_format import FileEntry, Manifest, ShardError, read_manifest
 from phi3v_data.shard_index import IndexReader
-from phi3v_data.shard_writer import ShardResult, write_shards
 
-__all__ = [
-    "Record",
-    "ShardError",
-    "ShardFinding",
-    "ShardReader",
-    "ShardResult",
-    "open_shards",
-    "verify_shards",
-    "write_shards",
-]
+__all__ = ["Record", "ShardError", "ShardReader", "open_shards"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,89 +172,10 @@ def _reopen(path: Path, fingerprint: str) -> ShardReader:
     return reader
 
 
-@dataclass(frozen=True, slots=True)
-class ShardFinding:
-    """Something damaged in a shard directory."""
-
-    file: str
-    """Name in the directory."""
-
-    problem: str
-
-
-def verify_shards(path: str | os.PathLike[str]) -> list[ShardFinding]:
-    """Read everything back: hashes of all files, counts, every sample, every image.
-
-    Returns:
-        What is wrong; empty if all is well.
-
-    Raises:
-        ShardError: there is no manifest to verify against, or it is of another version or damaged.
-    """
-    directory = Path(path)
-    manifest = read_manifest(directory)
-    findings: list[ShardFinding] = []
-    entries: list[FileEntry] = [*manifest.shards, manifest.index]
-    entries += [manifest.rejected] if manifest.rejected else []
-    for entry in entries:
-        problem = _problem(directory / entry.name, entry)
-        if problem:
-            findings.append(ShardFinding(entry.name, problem))
-    named = {entry.name for entry in entries} | {"manifest.json"}
-    for file in sorted(directory.iterdir()):
-        if file.name not in named:
-            findings.append(ShardFinding(file.name, "not in the manifest"))
-    damaged = {finding.file for finding in findings}
-    if manifest.index.name in damaged:
-        return findings
-    try:
-        findings += _verify_samples(ShardReader(directory), damaged)
-    except ShardError as error:
-        findings.append(ShardFinding(manifest.index.name, str(error)))
-    return findings
-
-
-def _verify_samples(reader: ShardReader, damaged: set[str]) -> Iterator[ShardFinding]:
-    import pyarrow.parquet as pq
-
-    manifest = reader.manifest
-    for shard in manifest.shards:
-        if shard.name not in damaged:  # a damaged file is not for a Parquet parser
-            num_rows = pq.read_metadata(reader.path / shard.name).num_rows
-            if num_rows != shard.num_samples:
-                problem = f"{num_rows} rows, the manifest says {shard.num_samples}"
-                yield ShardFinding(shard.name, problem)
-    if sum(shard.num_samples for shard in manifest.shards) != manifest.num_samples:
-        yield ShardFinding("manifest.json", "the counts of its shards do not add up")
-    num_images = 0
-    unreadable = {s.name for s in manifest.shards if _size_problem(reader.path / s.name, s)}
-    for row in range(len(reader)):
-        num_images += len(reader.sample(row).images)
-        name = reader.shard_name(row)
-        if name not in unreadable:  # said once already, not once a row
-            try:
-                _ = reader[row]
-            except ShardError as error:
-                yield ShardFinding(name, str(error).removeprefix(f"{reader.path / name}: "))
-    if num_images != manifest.num_images:
-        problem = f"{num_images} images, the manifest says {manifest.num_images}"
-        yield ShardFinding(manifest.index.name, problem)
-
-
 def _size_problem(path: Path, entry: FileEntry) -> str:
     if not path.is_file():
         return "missing"
     size = path.stat().st_size
     if size != entry.num_bytes:
         return f"damaged: {size} bytes, the manifest says {entry.num_bytes}"
-    return ""
-
-
-def _problem(path: Path, entry: FileEntry) -> str:
-    problem = _size_problem(path, entry)
-    if problem:
-        return problem
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-            return "damaged: its SHA-256 does not match the manifest"
     return ""
