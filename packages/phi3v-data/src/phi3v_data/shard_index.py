@@ -72,6 +72,7 @@ class IndexWriter:
         self._writer = pa.ipc.new_file(self._sink, INDEX_SCHEMA)
         self._batches: list[tuple[int, int]] = []
         self._rows: list[dict[str, Any]] = []
+        self._table = INDEX_SCHEMA.empty_table()
 
     def add(self, sample: Sample, shard: int, images: list[ImagePlace]) -> None:
         """Append a sample."""
@@ -86,6 +87,15 @@ class IndexWriter:
         )
         if len(self._rows) == ROWS_PER_BATCH:
             self._flush()
+
+    def add_table(self, rows: pa.Table) -> None:
+        """Append the rows of a table of `INDEX_SCHEMA`."""
+        assert not self._rows, "add and add_table are not for the same index"
+        whole = pa.concat_tables([self._table, rows])
+        end = whole.num_rows // ROWS_PER_BATCH * ROWS_PER_BATCH
+        for start in range(0, end, ROWS_PER_BATCH):
+            self._write(whole.slice(start, ROWS_PER_BATCH))
+        self._table = whole.slice(end)
 
     def close(self) -> IndexEntry:
         """Finish the file and describe it."""
@@ -116,11 +126,17 @@ class IndexWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            batch = pa.RecordBatch.from_pylist(self._rows, schema=INDEX_SCHEMA)
-            start = self._sink.tell()
-            self._writer.write_batch(batch)
-            self._batches.append((start, self._sink.tell() - start))
+            self._write(pa.Table.from_pylist(self._rows, schema=INDEX_SCHEMA))
             self._rows = []
+        elif self._table.num_rows:
+            self._write(self._table)
+            self._table = INDEX_SCHEMA.empty_table()
+
+    def _write(self, rows: pa.Table) -> None:
+        (batch,) = rows.combine_chunks().to_batches()
+        start = self._sink.tell()
+        self._writer.write_batch(batch)
+        self._batches.append((start, self._sink.tell() - start))
 
 
 @dataclass(frozen=True, slots=True)
