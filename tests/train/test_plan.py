@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phi3v_train.deal import sample_cost
+from phi3v_train.epoch_order import epoch_order
 from phi3v_train.plan import (
     PlanSettings,
-    epoch_order,
     plan_changes,
     plan_epoch,
-    sample_cost,
     split_overlong,
 )
 
