@@ -30,6 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.new("RGB", (64, 48)).save(tmp_path / "images/cat.jpg")
     (lines,) = blocks("jsonl")
     (tmp_path / "train.jsonl").write_text(lines)
+    (tmp_path / "val.jsonl").write_text(lines.splitlines()[0] + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")

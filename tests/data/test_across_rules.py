@@ -131,7 +131,7 @@ def test_D106_reports_labels_that_are_nearly_the_same(root: Path) -> None:
     found = findings("D106", write("a", *answers))
     assert [(d.line, d.message) for d in found] == [
         (61, "the answer 'Babycrawling' (2 times) is nearly 'BabyCrawling' (60 times)"),
-        (103, "the answer 'Archary' (1 times) is nearly 'Archery' (40 times)"),
+        (103, "the answer 'Archary' (once) is nearly 'Archery' (40 times)"),
     ]
     assert found[0].help == "if it is the same class, write 'BabyCrawling'"
 

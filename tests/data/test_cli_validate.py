@@ -52,6 +52,28 @@ def test_errors_exit_1_with_place_code_message_and_summary():
     assert result.stderr == ""
 
 
+def test_unused_lists_image_files_that_no_sample_names(root: Path):
+    Image.new("RGB", (9, 9)).save(root / "images" / "left_over.png")
+    result = run("validate", "good.jsonl", "--unused", "--format", "concise")
+
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "good.jsonl: I110 no sample names 1 image file under 'images': 'left_over.png'",
+        "no errors, 1 warning: 2 of 2 samples valid (1 image looked at)",
+    ]
+    assert "I110" not in run("validate", "good.jsonl").output
+
+
+def test_a_cache_that_cannot_be_used_is_a_warning_on_the_error_stream(root: Path):
+    result = run("validate", "good.jsonl", XDG_CACHE_HOME=str(root / "good.jsonl"))
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith("no errors: 2 of 2 samples valid")
+    assert result.stderr.startswith("warning: no cache at ")
+    assert result.stderr.count("\n") == 1
+    assert run("validate", "good.jsonl", "--no_cache").stderr == ""
+
+
 def test_the_output_is_coloured_on_a_terminal_only():
     assert "\x1b[" not in run("validate", "bad.jsonl").output
     assert "\x1b[1;31m" in run("validate", "bad.jsonl", FORCE_COLOR="1", TERM="xterm").output

@@ -18,7 +18,9 @@ from PIL import Image
 
 from tests.data.rule_lines import find, only, turn
 
-IMAGE_RULES = {rule.code: rule for rule in RULES if rule.code.startswith("I")}
+IMAGE_RULES = {
+    rule.code: rule for rule in RULES if rule.code.startswith("I") and rule.subject == "sample"
+}
 
 GOOD = ImageInfo(20, 10, "RGB", "PNG", 1)
 

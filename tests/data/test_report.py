@@ -210,6 +210,70 @@ def test_what_is_left_out_is_counted(capsys: pytest.CaptureFixture[str]):
     assert output.endswith("1,500 errors: 1 of 2 samples valid (0 images looked at)\n")
 
 
+def alike(file: str, number: int, code: str = "I114") -> list[Diagnostic]:
+    """A trait of the image in each line of a file."""
+    return [
+        finding(
+            code=code,
+            severity="warning",
+            message=f"image '{line}.png' has transparency",
+            file=file,
+            line=line,
+        )
+        for line in range(1, number + 1)
+    ]
+
+
+def test_a_trait_of_many_images_is_one_entry_with_the_first_lines(
+    capsys: pytest.CaptureFixture[str],
+):
+    found = report(
+        *alike("x.jsonl", 100),
+        *alike("y.jsonl", 2),
+        counts={"I114": 5002},
+        counts_by_file={"x.jsonl": {"I114": 5000}, "y.jsonl": {"I114": 2}},
+        severities={"I114": "warning"},
+    )
+    print_text(found)
+    output = capsys.readouterr().out
+
+    assert output.count("has transparency") == 3  # one for x.jsonl, and two are not many
+    assert "x.jsonl:1:79: warning I114 image '1.png' has transparency\n" in output
+    note = "and 4,999 more of I114 in this file: lines 2, 3, 4, 5, 6, 7, 8, 9, …\n"
+    assert output.count(f"  = note: {note}") == 1
+    assert "Not shown" not in output
+    assert "I114   warning    transparent-image   5,002" in output
+
+
+def test_a_trait_without_counts_by_file_counts_what_is_kept(capsys: pytest.CaptureFixture[str]):
+    found = report(*alike("x.jsonl", 5), counts={"I114": 900}, severities={"I114": "warning"})
+    print_text(found)
+    output = capsys.readouterr().out
+
+    assert "and 4 more of I114 in this file: lines 2, 3, 4, 5\n" in output
+    assert "Not shown, counted below: 895 of I114\n" in output
+
+
+def test_errors_and_other_rules_are_shown_one_by_one(capsys: pytest.CaptureFixture[str]):
+    errors = [replace(one, severity="error") for one in alike("x.jsonl", 6)]
+    print_text(
+        report(
+            *errors, *alike("x.jsonl", 6, "I109"), severities={"I114": "error", "I109": "warning"}
+        )
+    )
+
+    assert capsys.readouterr().out.count("has transparency") == 12
+
+
+def test_only_the_text_format_groups(capsys: pytest.CaptureFixture[str]):
+    found = report(*alike("x.jsonl", 50), severities={"I114": "warning"})
+
+    assert len(json.loads(to_json(found))["diagnostics"]) == 50
+    assert len(check_sarif(found)["results"]) == 50
+    print_report(found, "concise")
+    assert capsys.readouterr().out.count("has transparency") == 50
+
+
 def test_concise_is_one_line_a_finding():
     found = report(finding(message="a\nb"), finding(line=None, severity="warning", code="I104"))
 

@@ -75,9 +75,17 @@ def test_a_rule_that_is_off_by_default_runs_where_it_is_named(monkeypatch: pytes
     monkeypatch.setattr(rules, "RULES", (*RULES, quiet))
 
     assert "Z101" not in levels(ValidateConfig())
-    assert "Z101" in levels(ValidateConfig(select=("Z",)))
+    assert "Z101" not in levels(ValidateConfig(select=("Z", "P")))  # its cost is for who wants it
+    assert "Z101" in levels(ValidateConfig(select=("Z101",)))
     assert levels(ValidateConfig(severity={"Z101": "warning"}))["Z101"] == "warning"
     assert "Z101" not in levels(ValidateConfig(severity={"Z": "warning"}))
+
+
+def test_unused_switches_one_rule_on_whatever_else_is_selected():
+    assert levels(ValidateConfig(unused=True))["I110"] == "warning"
+    assert levels(ValidateConfig(unused=True, select=("P101",))).keys() == {"P101", "I110"}
+    assert levels(ValidateConfig(unused=True, severity={"I": "error"}))["I110"] == "error"
+    assert "I110" not in levels(ValidateConfig(unused=True, ignore=("I",)))
 
 
 def test_rules_are_ignored_by_file_from_the_folder_of_the_settings(tmp_path: Path):

@@ -94,6 +94,9 @@ CHECK_WORKERS = click.option(
     "truncated or damaged file), full (every pixel decoded).  [deep]",
 )
 @click.option("--no_cache", is_flag=True, help="Look at images again that did not change.")
+@click.option(
+    "--unused", is_flag=True, help="Find image files under the image root that no sample names."
+)
 @with_fix_options
 @CHECK_WORKERS
 @click.pass_context
@@ -110,6 +113,7 @@ def validate_command(
     num_crops: int | None,
     level: str | None,
     no_cache: bool,
+    unused: bool,
     fix: bool,
     unsafe_fix: bool,
     in_place: bool,
@@ -159,6 +163,7 @@ def validate_command(
         "num_crops": num_crops,
         "level": level,
         "cache": False if no_cache else None,
+        "unused": unused or None,
     }
     try:
         config = load_config(Path.cwd(), overrides)
@@ -194,6 +199,10 @@ def validate_command(
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         context.exit(130)
+    if report.cache_problem:
+        click.echo(
+            f"warning: {report.cache_problem}; the next run looks at all images again", err=True
+        )
     print_report(report, config.format)
     if not report.is_complete:
         click.echo(
@@ -261,7 +270,7 @@ def shard_command(
     Exit status: 0 written or up to date, 1 samples have errors or writing failed, 2 wrong usage.
     """
     from phi3v_data.report import count, print_text, progress_bar
-    from phi3v_data.shards import write_shards
+    from phi3v_data.shard_writer import write_shards
 
     _silence_pillow()
     try:
@@ -320,7 +329,8 @@ def verify_command(context: click.Context, directory: str) -> None:
     Exit status: 0 all is well, 1 damaged or not a shard directory, 2 wrong usage.
     """
     from phi3v_data.report import count, printable
-    from phi3v_data.shards import ShardError, open_shards, verify_shards
+    from phi3v_data.shard_verify import verify_shards
+    from phi3v_data.shards import ShardError, open_shards
 
     try:
         findings = verify_shards(directory)

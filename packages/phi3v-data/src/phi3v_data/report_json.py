@@ -24,6 +24,7 @@ def to_json(report: Report) -> str:
             "rules": report.rules,
             "severities": report.severities,
             "counts": report.counts,
+            "counts_by_file": report.counts_by_file,
             "diagnostics": [asdict(diagnostic) for diagnostic in report.diagnostics],
         }
     )

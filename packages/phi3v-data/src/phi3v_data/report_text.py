@@ -8,7 +8,12 @@
       = help: readers differ in which value they take: leave one
 
 Lines are cut to the width of the terminal around the place; characters that a terminal would obey
-are spelt out.
+are spelt out. A trait that many images of a file have (`rules.images.TRAITS`) is one finding, which
+counts the others and says the lines of some:
+
+    train.jsonl:1:60: warning I114 image 'a.png' has transparency
+      ...
+      = note: and 4,999 more of I114 in this file: lines 2, 3, 4, 5, 6, …
 """
 
 from collections import Counter
@@ -29,6 +34,12 @@ NOTE = "cyan"
 LEAST_WIDTH = 20
 """Columns of a line's text, however narrow the terminal."""
 
+MOST_ALIKE = 3
+"""Findings of one trait in a file that are shown one by one."""
+
+LINES_ALIKE = 8
+"""Lines that are named of the others."""
+
 MOST_OF_A_CONTAINER = 40
 """Characters: a longer object or list is marked by its first bracket alone."""
 
@@ -36,11 +47,12 @@ MOST_OF_A_CONTAINER = 40
 def print_text(report: Report, console: "Console | None" = None) -> None:
     """Print findings and a summary; coloured on a terminal, unless NO_COLOR is set."""
     console = console or make_console()
-    spots = read_spots(report.diagnostics)
-    for diagnostic in report.diagnostics:
-        console.print(_render(diagnostic, spots, console.width), end="\n\n")
-    if report.diagnostics:
-        _print_left_out(report, console)
+    entries = _group(report)
+    spots = read_spots([entry.first for entry in entries])
+    for entry in entries:
+        console.print(_render(entry, spots, console.width), end="\n\n")
+    if entries:
+        _print_left_out(report, entries, console)
     if report.counts:
         console.print(_summary_table(report))
     console.print(summary_line(report))
@@ -73,6 +85,39 @@ def summary_line(report: Report) -> "Text":
 
 
 @dataclass(frozen=True, slots=True)
+class _Entry:
+    """A finding that is shown."""
+
+    first: Diagnostic
+    num_more: int = 0
+    """Findings of the same trait in the same file that it stands for."""
+
+    more_lines: tuple[int, ...] = ()
+    """Lines of some of them."""
+
+
+def _group(report: Report) -> list[_Entry]:
+    """What is shown: a trait that many images of a file have is one entry."""
+    from phi3v_data.rules.images import TRAITS
+
+    alike: dict[tuple[str, str], list[Diagnostic]] = {}
+    for diagnostic in report.diagnostics:
+        if diagnostic.code in TRAITS and diagnostic.severity == "warning":
+            alike.setdefault((diagnostic.file, diagnostic.code), []).append(diagnostic)
+    entries: list[_Entry] = []
+    for diagnostic in report.diagnostics:
+        kept = alike.get((diagnostic.file, diagnostic.code), [])
+        counts = report.counts_by_file.get(diagnostic.file, {})
+        number = counts.get(diagnostic.code, len(kept))
+        if number <= MOST_ALIKE or not kept:
+            entries.append(_Entry(diagnostic))
+        elif diagnostic is kept[0]:
+            lines = dict.fromkeys(other.line for other in kept[1:] if other.line is not None)
+            entries.append(_Entry(diagnostic, number - 1, tuple(lines)[:LINES_ALIKE]))
+    return entries
+
+
+@dataclass(frozen=True, slots=True)
 class _Mark:
     """A place to show, and how it is underlined."""
 
@@ -86,9 +131,10 @@ class _Mark:
     character: str
 
 
-def _render(diagnostic: Diagnostic, spots: Spots, width: int) -> "Text":
+def _render(entry: _Entry, spots: Spots, width: int) -> "Text":
     from rich.text import Text
 
+    diagnostic = entry.first
     style = STYLE[diagnostic.severity]
     text = Text()
     text.append(f"{printable(spots.position(diagnostic))}: ", "bold")
@@ -112,6 +158,12 @@ def _render(diagnostic: Diagnostic, spots: Spots, width: int) -> "Text":
         notes.append(("at", " of ".join(where)))
     if diagnostic.num_findings > 1:
         notes.append(("note", f"one of {diagnostic.num_findings:,} findings with the same cause"))
+    if entry.num_more:
+        more = f"and {entry.num_more:,} more of {diagnostic.code} in this file"
+        if entry.more_lines:
+            more += f": lines {', '.join(map(str, entry.more_lines))}"
+            more += ", …" if entry.num_more > len(entry.more_lines) else ""
+        notes.append(("note", more))
     if diagnostic.help:
         notes.append(("help", diagnostic.help))
 
@@ -213,10 +265,10 @@ class _Window:
         return start, max(stop - start, 1)
 
 
-def _print_left_out(report: Report, console: "Console") -> None:
+def _print_left_out(report: Report, entries: list[_Entry], console: "Console") -> None:
     shown: Counter[str] = Counter()
-    for diagnostic in report.diagnostics:
-        shown[diagnostic.code] += 1
+    for entry in entries:
+        shown[entry.first.code] += 1 + entry.num_more
     left_out = {code: n - shown[code] for code, n in report.counts.items() if n > shown[code]}
     if left_out:
         parts = ", ".join(f"{n:,} of {code}" for code, n in left_out.items())

@@ -8,6 +8,7 @@
     num_crops = 4
     level = "full"                         # how closely images are looked at
     cache = false
+    unused = true                          # also find image files that no sample names
     format = "concise"
 
     config = load_config(Path.cwd(), overrides={"ignore": ["D"]})
@@ -34,6 +35,7 @@ from phi3v_data.rules.rule import Rule
 
 SeverityOrOff = Literal["error", "warning", "off"]
 Codes = Annotated[tuple[str, ...], Strict(False)]
+UNUSED = "I110"
 TABLE = "tool.phi3v-data.validate"
 
 
@@ -45,7 +47,8 @@ class ValidateConfig(BaseModel):
     )
 
     select: Codes = ()
-    """Beginnings of the codes to run; empty: all that are on by default."""
+    """Beginnings of the codes to run; empty: all that are on by default. The full code of a rule
+    that is off by default switches it on."""
 
     ignore: Codes = ()
     """Beginnings of codes not to run; stronger than all else."""
@@ -70,6 +73,9 @@ class ValidateConfig(BaseModel):
     cache: bool = True
     """Believe what an earlier run found out about images that did not change."""
 
+    unused: bool = False
+    """Look for image files under the image root that no sample names (I110)."""
+
     format: Literal["text", "concise", "json", "sarif", "github"] = "text"
     """How the report is printed."""
 
@@ -89,8 +95,10 @@ class ValidateConfig(BaseModel):
         chosen: list[Rule] = []
         for rule in rules:
             level = self._level(rule)
-            is_on = rule.code.startswith(self.select) if self.select else rule.is_default
-            is_on = is_on or (not rule.is_default and rule.code in self.severity)
+            is_on = rule.code in (*self.select, *self.severity)
+            is_on = is_on or (self.unused and rule.code == UNUSED)
+            if rule.is_default:
+                is_on = not self.select or rule.code.startswith(self.select)
             if is_on and level != "off" and not rule.code.startswith(self.ignore or "\0"):
                 chosen.append(replace(rule, severity=level))
         return tuple(chosen)

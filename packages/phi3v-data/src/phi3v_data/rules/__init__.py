@@ -48,6 +48,7 @@ RULES: tuple[Rule, ...] = (
     Rule("I107", "error", "sample", images.too_many_pixels),
     Rule("I108", "warning", "sample", images.other_case_on_disk),
     Rule("I109", "warning", "sample", images.tiny_image),
+    Rule("I110", "warning", "dataset", images.unused_file, is_default=False),
     Rule("I111", "warning", "sample", images.turned_by_exif),
     Rule("I112", "warning", "sample", images.cmyk_image),
     Rule("I113", "warning", "sample", images.palette_image),
@@ -68,6 +69,7 @@ RULES: tuple[Rule, ...] = (
     Rule("D105", "warning", "dataset", across.class_imbalance),
     Rule("D106", "warning", "dataset", across.label_typo),
     Rule("D107", "warning", "dataset", across.unknown_label),
+    Rule("D108", "warning", "dataset", across.near_image, is_default=False),
 )
 
 
@@ -89,7 +91,8 @@ def _installed() -> tuple[tuple[Rule, ...], tuple[BrokenRules, ...]]:
 def select_rules(select: tuple[str, ...] = (), ignore: tuple[str, ...] = ()) -> tuple[Rule, ...]:
     """The rules whose code starts with one of `select` and none of `ignore`.
 
-    Without `select` these are the rules that are on by default.
+    Without `select` these are the rules that are on by default. One that is off by default is
+    switched on by its full code only: its cost is for those who want it.
 
     Raises:
         ValueError: a prefix that no code starts with.
@@ -99,7 +102,10 @@ def select_rules(select: tuple[str, ...] = (), ignore: tuple[str, ...] = ()) -> 
     return tuple(
         rule
         for rule in rules
-        if (rule.code.startswith(select) if select else rule.is_default)
+        if (
+            rule.code in select
+            or (rule.is_default and (not select or rule.code.startswith(select)))
+        )
         and not rule.code.startswith(ignore or "\0")
     )
 

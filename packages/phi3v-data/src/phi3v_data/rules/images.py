@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from phi3v_data.image_check import ImageCheck, names_by_lower_case
 from phi3v_data.images import formats_of_extension
+from phi3v_data.rules.across import AcrossFinding, Facts
 from phi3v_data.rules.rule import Context, Finding
 from phi3v_data.schema import Sample
 
@@ -32,13 +33,14 @@ def missing_image(sample: Sample, context: Context) -> Iterator[Finding]:
 def _case_help(path: str, context: Context) -> str:
     """Names the file that differs in upper and lower case only, the usual slip."""
     parent, _, name = path.rpartition("/")
-    other = _names_by_lower_case(os.path.join(context.image_root, parent)).get(name.lower())
+    folder = os.path.abspath(os.path.join(context.image_root, parent))
+    other = _names_by_lower_case(folder).get(name.lower())
     return (
         f"there is {other!r}: case counts" if other else f"the image root is {context.image_root}"
     )
 
 
-# One listing a folder, not one a missing file.
+# One listing a folder, not one a missing file. By absolute path: the current folder may change.
 _names_by_lower_case = lru_cache(maxsize=64)(names_by_lower_case)
 
 
@@ -257,6 +259,31 @@ def animated_image(sample: Sample, context: Context) -> Iterator[Finding]:
         if check.info and check.info.is_animated:
             help = "only the first is seen; give the others as images of their own if they matter"
             yield Finding(f"image {path!r} has several frames", help, pointer)
+
+
+TRAITS = frozenset(("I104", "I111", "I112", "I113", "I114", "I115", "I116"))
+"""Rules of traits that all images of a data set may have, since one program wrote them: reports for
+people show the first place, and count the others."""
+
+
+def unused_file(facts: Facts) -> Iterator[AcrossFinding]:
+    """Image files under the image root are named by no sample.
+
+    They may be left over, or samples may be missing. All files of one image root are looked at
+    together, so give all splits at once. Lines that do not parse name no image: repair them first.
+    Files count as images by their extension. Off by default, switched on by `--unused`.
+    """
+    for unused in facts.unused:
+        shown = ", ".join(map(repr, unused.first_paths))
+        shown += ", …" if unused.num_files > len(unused.first_paths) else ""
+        plural = "files" if unused.num_files > 1 else "file"
+        yield AcrossFinding(
+            f"no sample names {unused.num_files:,} image {plural} under {unused.root!r}: {shown}",
+            unused.file,
+            None,
+            "validate all splits at once, or remove what is left over",
+            num_findings=unused.num_files,
+        )
 
 
 def is_plain(path: str, check: ImageCheck, num_crops: int) -> bool:
