@@ -107,7 +107,7 @@ def _in_order(
 ) -> Generator[Batch, None, None]:
     ahead: deque[Request] = deque()  # asked for, in order; the first is the next to be yielded
     num_bytes = 0
-    done: dict[int, Batch] = {}
+    done: dict[int, Batch | Exception] = {}
     waiting = next(requests, None)
     first = 0  # the number of ahead[0]
     while True:
@@ -125,9 +125,13 @@ def _in_order(
         while first not in done:
             number, row = workers.answer(first, ahead)
             done[number] = row
+        row = done.pop(first)
+        if isinstance(row, Exception):
+            raise row
         num_bytes -= ahead.popleft().num_bytes
         first += 1
-        yield done.pop(first - 1)
+        yield row
+        del row  # it is the trainer's alone while the next one is waited for
 
 
 class _Workers:
@@ -173,8 +177,8 @@ class _Workers:
             return True
         return True
 
-    def answer(self, first: int, ahead: Sequence[Request]) -> tuple[int, Batch]:
-        """Wait for a row: (number of its request, the row)."""
+    def answer(self, first: int, ahead: Sequence[Request]) -> tuple[int, Batch | Exception]:
+        """Wait for a row: (number of its request, the row or what came instead of it)."""
         sentinels = [process.sentinel for process in self._processes]
         ready = wait([self._socket, *sentinels])
         if self._socket not in ready:
@@ -192,7 +196,8 @@ class _Workers:
         number, is_failure, num_bytes = _ANSWER.unpack(content)
         if is_failure:
             kind, message = open_record(handles[0])
-            raise {"ValueError": ValueError, "OSError": OSError}.get(kind, RuntimeError)(message)
+            kinds: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": OSError}
+            return number, kinds.get(kind, RuntimeError)(message)
         return number, open_shared_row(handles[0], num_bytes)
 
     def _raise_death(self, first: int, ahead: Sequence[Request]) -> None:
@@ -233,6 +238,7 @@ def _close(ours: socket.socket, processes: list[BaseProcess]) -> None:
         if process.is_alive():
             process.kill()
             process.join()
+        process.close()
 
 
 # --- in the worker --------------------------------------------------------------------------------
