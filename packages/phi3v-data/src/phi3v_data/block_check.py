@@ -10,28 +10,16 @@ whoever has all blocks puts together (`phi3v_data.rules.across`).
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
-import msgspec
-import numpy as np
-import xxhash
 from pydantic import ValidationError
 
+from phi3v_data.block_facts import BlockFacts, gather
 from phi3v_data.diagnostics import Diagnostic
-from phi3v_data.quick_scan import QuickSample, Scan, scan_block
-from phi3v_data.rules.across import MAX_LABEL_CHARS, MAX_LABELS, group_of
+from phi3v_data.quick_scan import scan_block
 from phi3v_data.rules.parse import UnfinishedLine
 from phi3v_data.rules.rule import Context, Finding, Line, Rule
 from phi3v_data.rules.text import LONG_SAMPLE_CHARS
 from phi3v_data.schema import Sample
-
-Hashes = np.ndarray[Any, np.dtype[np.uint64]]
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
-
-_digest = xxhash.xxh3_64_intdigest
-
-_UNIT, _RECORD = "\x1e", "\x1f"
-"""Between texts; no text of a sample has them."""
 
 
 @dataclass(frozen=True)
@@ -84,26 +72,7 @@ class BlockResult:
     blanks: list[int] = field(default_factory=list[int])
     """Lines with nothing but white space."""
 
-    ids: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
-    """xxh3 of the ids of all samples."""
-
-    id_lines: Numbers = field(default_factory=lambda: np.empty(0, np.int64))
-    """The lines of these ids."""
-
-    contents: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
-    """xxh3 of their conversations."""
-
-    labels: dict[str, tuple[int, int]] | None = field(default_factory=dict[str, tuple[int, int]])
-    """Answer of a one-turn sample → how often, first line; None: too many to be classes."""
-
-    groups: dict[str, int] = field(default_factory=dict[str, int])
-    """Group of clips → first line."""
-
-    images: dict[str, int] = field(default_factory=dict[str, int])
-    """Path of an image → first line."""
-
-    image_lines: Numbers = field(default_factory=lambda: np.empty(0, np.int64))
-    """Lines with images."""
+    facts: BlockFacts = field(default_factory=BlockFacts)
 
     is_utf16: bool = False
     """The file is: nothing in it is a line."""
@@ -123,13 +92,15 @@ def check_block(block: Block, options: Options) -> BlockResult:
         allow_missing_answer=options.allow_missing_answer,
         is_start=is_start,
     )
-    result = BlockResult(len(scan.lines), len(scan.lines))
+    num_lines = len(scan.ends)
+    result = BlockResult(num_lines, num_lines)
     parsed: dict[int, Sample] = {}
-    last = -1 if content.endswith(b"\n") else len(scan.lines) - 1
-    # What rules of other packages object to, the quick scan cannot know.
-    suspects = range(len(scan.lines)) if options.has_other_rules else scan.suspects
-    for number in suspects:
-        line = scan.lines[number].rstrip(b"\r\n")
+    last = -1 if content.endswith(b"\n") else num_lines - 1
+    if options.has_other_rules:
+        # What rules of other packages object to, the quick scan cannot know.
+        scan.suspects, scan.alike, scan.loose = list(range(num_lines)), [], {}
+    for number in scan.suspects:
+        line = scan.line(number).rstrip(b"\r\n")
         if not line.strip():
             result.num_filled -= 1
             result.blanks.append(number)
@@ -140,7 +111,9 @@ def check_block(block: Block, options: Options) -> BlockResult:
         if number == 0 and is_start and line.startswith((b"\xff\xfe", b"\xfe\xff")):
             result.is_utf16 = True
             return result
-    _gather(scan, parsed, options, result)
+    result.facts = gather(
+        scan, parsed, takes_facts=options.takes_facts, takes_images=options.takes_images
+    )
     return result
 
 
@@ -233,70 +206,3 @@ def diagnostic(rule: Rule, finding: Finding, context: Context, sample: Sample | 
         sample_id=sample.id if sample else None,
         labels=finding.labels,
     )
-
-
-def _gather(scan: Scan, parsed: dict[int, Sample], options: Options, result: BlockResult) -> None:
-    """Facts of all lines that are samples; of suspects what the schema itself made of them."""
-    samples: list[QuickSample | Sample | None] = list(scan.samples)
-    for number in scan.suspects:
-        samples[number] = parsed.get(number)
-    numbers = [number for number, sample in enumerate(samples) if sample is not None]
-    found = [sample for sample in samples if sample is not None]
-    result.id_lines = np.array(numbers, dtype=np.int64)
-    result.ids = np.array([_digest(sample.id.encode()) for sample in found], dtype=np.uint64)
-    if options.takes_facts:
-        result.contents = np.array([_content(sample) for sample in found], dtype=np.uint64)
-        result.labels = _gather_labels(numbers, found)
-    if options.takes_images or options.takes_facts:
-        _gather_images(numbers, found, result)
-
-
-def _content(sample: QuickSample | Sample) -> int:
-    """xxh3 of images, questions and answers, however they are written."""
-    parts: list[str] = []
-    for turn in sample.conversations:
-        images = turn.images
-        if images and images is not msgspec.UNSET:
-            parts.extend(images)
-        parts.append(_UNIT)
-        parts.append(turn.user)
-        parts.append(turn.assistant or _UNIT)
-    return _digest(_RECORD.join(parts).encode("utf-8", "surrogatepass"))
-
-
-def _gather_labels(
-    numbers: list[int], samples: "list[QuickSample | Sample]"
-) -> dict[str, tuple[int, int]] | None:
-    turns = [sample.conversations[0] for sample in samples if len(sample.conversations) == 1]
-    if len(turns) != len(samples):
-        return None
-    answers = [turn.assistant for turn in turns if turn.assistant]
-    if not answers:
-        return {}
-    if len(answers) != len(samples) or max(map(len, answers)) > MAX_LABEL_CHARS:
-        return None
-    counts = Counter(answers)
-    if len(counts) > MAX_LABELS:
-        return None
-    return {label: (count, numbers[answers.index(label)]) for label, count in counts.items()}
-
-
-def _gather_images(
-    numbers: list[int], samples: "list[QuickSample | Sample]", result: BlockResult
-) -> None:
-    images, groups, lines = result.images, result.groups, list[int]()
-    for number, sample in zip(numbers, samples, strict=True):
-        first = None
-        for turn in sample.conversations:
-            paths = turn.images
-            if paths and paths is not msgspec.UNSET:
-                for image in paths:
-                    if image not in images:
-                        images[image] = number
-                first = first or paths[0]
-        if first is not None:
-            lines.append(number)
-            group = group_of(first)
-            if group is not None and group not in groups:
-                groups[group] = number
-    result.image_lines = np.array(lines, dtype=np.int64)

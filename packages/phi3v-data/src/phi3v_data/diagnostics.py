@@ -4,8 +4,11 @@ Diagnostic(code="I101", severity="error", message="image 'val/a.jpg' does not ex
 file="train.jsonl", line=17, pointer="/conversations/0/images/0", ...)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from phi3v_data.line_set import LineSet
 
 Severity = Literal["error", "warning"]
 
@@ -83,6 +86,20 @@ class Report:
 
     severities: dict[str, Severity] = field(default_factory=dict[str, Severity])
     """Code of each rule that ran → its severity in this run."""
+
+    invalid_lines: Mapping[str, LineSet] = field(default_factory=dict[str, LineSet])
+    """File → numbers of its lines with an error."""
+
+    image_hashes: Mapping[str, Mapping[str, int]] = field(
+        default_factory=dict[str, Mapping[str, int]], repr=False
+    )
+    """Image root → path → xxh3 of the content; 0 where it was not read as a whole."""
+
+    counts_by_file: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    """File → code → findings, all of them; empty where they were not counted by file."""
+
+    cache_problem: str = ""
+    """Why nothing is remembered of images for the next run; empty where it is."""
 
     @property
     def num_errors(self) -> int:

@@ -2,7 +2,8 @@
 
     scan = scan_block(content, max_line_bytes=400_000, …)
     scan.suspects          # [17]: every other line is a sample without a fault of its own
-    scan.samples[3].id     # decoded by msgspec
+    scan.alike             # most lines, as columns of values: `alike_lines`
+    scan.loose[3].id       # the others, decoded by msgspec
 
 A line that is no suspect passes every rule that looks at one line: `P`, `S` and `T`. A suspect may
 pass too; the rules decide. So this may be wrong in one direction only, and a test holds it to that.
@@ -21,47 +22,40 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from phi3v_data.alike_lines import AlikeLines, find_alike
+from phi3v_data.quick_sample import QuickSample, num_keys
+
 LONG_ANSWER_CHARS = 40
 """A shorter answer may well be in its question: a class among classes."""
 
-MetadataValue = str | int | float | bool | None
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class QuickTurn(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """`schema.Turn`, for speed."""
-
-    user: str
-    images: list[str] | msgspec.UnsetType = msgspec.UNSET
-    assistant: str | msgspec.UnsetType | None = msgspec.UNSET
-    answers: list[str] | msgspec.UnsetType | None = msgspec.UNSET
-
-
-class QuickSample(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """`schema.Sample`, for speed."""
-
-    id: str
-    source: str
-    conversations: list[QuickTurn]
-    metadata: dict[str, MetadataValue] | msgspec.UnsetType | None = msgspec.UNSET
-
-
-@dataclass(frozen=True)
+@dataclass
 class Scan:
     """What a block holds."""
 
-    lines: list[bytes]
-    """Without line breaks; the blank ones are here too."""
-
-    samples: list[QuickSample | None]
-    """Of each line; None where it does not decode."""
+    content: bytes
+    starts: list[int]
+    ends: list[int]
+    """Of each line, without its line break. Blank lines are here too."""
 
     suspects: list[int]
-    """Places in `lines`, ascending."""
+    """Numbers of lines, ascending."""
+
+    alike: list[AlikeLines]
+    """Lines that are no suspects, by how they are written."""
+
+    loose: dict[int, QuickSample]
+    """The other lines that are no suspects, decoded one by one."""
+
+    def line(self, number: int) -> bytes:
+        """A line without its line break."""
+        return self.content[self.starts[number] : self.ends[number]]
 
 
-_decode: Callable[[bytes], Any] = msgspec.json.Decoder(QuickSample).decode
+_decode: Callable[[bytes], QuickSample] = msgspec.json.Decoder(QuickSample).decode
 
 _QUOTE, _COLON, _BACKSLASH, _LESS, _BREAK, _ZERO = (ord(c) for c in '":\\<\n0')
 _SPACED_KEY = re.compile(rb'"[ \t\r]+:')
@@ -81,26 +75,62 @@ def scan_block(
         allow_missing_answer: the last turn may lack its answer.
         is_start: whether the block begins a file: a byte order mark may be there.
     """
-    lines = content.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
     array: Bytes = np.frombuffer(content, dtype=np.uint8)
-    ends: Places = np.flatnonzero(array == _BREAK)
-    if len(ends) < len(lines):
+    is_break = array == _BREAK
+    ends: Places = np.flatnonzero(is_break)
+    num_breaks = len(ends)
+    if content and content[-1] != _BREAK:
         ends = np.append(ends, len(array))
-    suspects = _byte_suspects(array, ends)
-    suspects.update(np.flatnonzero(np.diff(ends, prepend=-1) > max_line_bytes).tolist())
-    if is_start and lines and lines[0][:1] in (b"\xef", b"\xfe", b"\xff"):
-        suspects.add(0)
-    if lines and not content.endswith(b"\n"):
-        suspects.add(len(lines) - 1)  # perhaps cut off
-    samples = _decode_all(lines)
-    num_keys, plain = _look_at(samples, allow_missing_answer)
-    suspects.update(number for number, is_plain in enumerate(plain) if not is_plain)
-    differs = _count_keys(array, ends) != np.array(num_keys, dtype=np.int64)
-    suspects.update(np.flatnonzero(differs).tolist())
-    suspects.update(n for n in _gaps_after_quotes(array, ends) if _SPACED_KEY.search(lines[n]))
-    return Scan(lines, samples, sorted(suspects))
+    starts: Places = np.concatenate([_FIRST, ends[:-1] + 1]) if len(ends) else ends
+    is_suspect = np.zeros(len(ends), dtype=bool)
+    is_suspect[_byte_suspects(content, array, ends, num_breaks)] = True
+    lengths = ends - starts
+    is_suspect |= (lengths > max_line_bytes) | (lengths == 0)
+    if is_start and content[:1] in (b"\xef", b"\xfe", b"\xff"):
+        is_suspect[0] = True
+    if num_breaks < len(ends):
+        is_suspect[-1] = True  # perhaps cut off
+    groups, rest = find_alike(
+        content, array, starts, ends, np.flatnonzero(~is_suspect), _is_utf8(content)
+    )
+    alike: list[AlikeLines] = []
+    for group in groups:
+        faulty = _faulty_rows(group, array, allow_missing_answer)
+        if len(faulty):
+            is_suspect[group.numbers[faulty]] = True
+            group = group.take(np.delete(np.arange(len(group.numbers)), faulty))
+        if len(group.numbers):
+            alike.append(group)
+    scan = Scan(content, starts.tolist(), ends.tolist(), [], alike, {})
+    if rest:
+        num_keys_of = _count_keys(array, ends)
+        odd = set(_gaps_after_quotes(array, ends))
+        samples = _decode_all([scan.line(number) for number in rest])
+        for number, sample in zip(rest, samples, strict=True):
+            if (
+                sample is not None
+                and num_keys(sample) == num_keys_of[number]
+                and not (number in odd and _SPACED_KEY.search(scan.line(number)))
+                and _is_plain(sample, allow_missing_answer)
+            ):
+                scan.loose[number] = sample
+            else:
+                is_suspect[number] = True
+    scan.suspects.extend(np.flatnonzero(is_suspect).tolist())
+    return scan
+
+
+_FIRST = np.zeros(1, dtype=np.int64)
+
+
+def _is_utf8(content: bytes) -> bool:
+    if content.isascii():
+        return True
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _decode_all(lines: list[bytes]) -> list[QuickSample | None]:
@@ -117,24 +147,73 @@ def _decode_all(lines: list[bytes]) -> list[QuickSample | None]:
             return samples
 
 
-def _byte_suspects(array: Bytes, ends: Places) -> set[int]:
+def _byte_suspects(content: bytes, array: Bytes, ends: Places, num_breaks: int) -> Places:
     """Lines with bytes that no ordinary text has."""
-    is_control = ((array < 32) & (array != _BREAK)) | (array == 127)
-    places = np.flatnonzero((array == _LESS) | (array == _BACKSLASH) | (array == 0xC2) | is_control)
-    if not len(places):
-        return set()
-    first = array[places]
-    second = array[np.minimum(places + 1, len(array) - 1)]
-    is_token = (first == _LESS) & np.isin(second, _AFTER_LESS)
-    # An escaped quote, slash or line break is ordinary; backspace, form feed and return are not.
-    is_escape = (first == _BACKSLASH) & np.isin(second, _ODD_ESCAPES)
-    # \\u00XX may be anything of ASCII; what is beyond, writers of pure ASCII have everywhere.
-    third = array[np.minimum(places + 2, len(array) - 1)]
-    fourth = array[np.minimum(places + 3, len(array) - 1)]
-    is_ascii = (first == _BACKSLASH) & (second == ord("u")) & (third == _ZERO) & (fourth == _ZERO)
-    is_c1 = (first == 0xC2) & (second < 0xA0)
-    found = is_token | is_escape | is_ascii | is_c1 | is_control[places]
-    return set(np.searchsorted(ends, places[found]).tolist())
+    found: list[Places] = []
+    is_low = array < 32
+    if np.count_nonzero(is_low) > num_breaks:
+        found.append(np.flatnonzero(is_low & (array != _BREAK)))
+    if b"\x7f" in content:
+        found.append(np.flatnonzero(array == 127))
+    if b"<" in content:
+        places = np.flatnonzero(array == _LESS)
+        found.append(places[np.isin(_next(array, places, 1), _AFTER_LESS)])
+    if b"\\" in content:
+        places = np.flatnonzero(array == _BACKSLASH)
+        second = _next(array, places, 1)
+        # An escaped quote, slash or line break is ordinary; backspace, form feed and return are
+        # not. \\u00XX may be anything of ASCII; what is beyond, writers of pure ASCII have
+        # everywhere.
+        is_ascii = (second == ord("u")) & (_next(array, places, 2) == _ZERO)
+        is_ascii &= _next(array, places, 3) == _ZERO
+        found.append(places[np.isin(second, _ODD_ESCAPES) | is_ascii])
+    if b"\xc2" in content:
+        places = np.flatnonzero(array == 0xC2)
+        found.append(places[_next(array, places, 1) < 0xA0])
+    if not any(map(len, found)):
+        return _NONE
+    return np.unique(np.searchsorted(ends, np.concatenate(found)))
+
+
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+def _next(array: Bytes, places: Places, number: int) -> Bytes:
+    """The byte so many behind each place."""
+    return array[np.minimum(places + number, len(array) - 1)]
+
+
+def _faulty_rows(group: AlikeLines, array: Bytes, allow_missing_answer: bool) -> list[int]:
+    """Of lines of one shape: those for which `_is_plain` does not hold."""
+    sample = group.shape.sample
+    lengths = group.stops - group.begins
+    is_faulty = (lengths[:, [int(sample.id), int(sample.source)]] == 0).any(axis=1)
+    last = sample.conversations[-1]
+    for turn in sample.conversations:
+        if not isinstance(turn.assistant, str):
+            if turn is not last or not allow_missing_answer or isinstance(turn.answers, list):
+                is_faulty[:] = True
+            continue
+        answer = int(turn.assistant)
+        first = array[group.begins[:, answer]]
+        # Only these may begin white space: what is no letter of ASCII, or an escape.
+        is_doubtful = (first <= 32) | (first > 126) | (first == _BACKSLASH) | (first == _QUOTE)
+        for row in np.flatnonzero(is_doubtful | (lengths[:, answer] == 0)).tolist():
+            is_faulty[row] |= _is_blank(group.text(row, turn.assistant))
+        for row in np.flatnonzero(lengths[:, answer] >= LONG_ANSWER_CHARS).tolist():
+            is_faulty[row] |= group.text(row, turn.assistant) in group.text(row, turn.user)
+        if isinstance(turn.answers, list):
+            if not turn.answers:
+                is_faulty[:] = True
+                continue
+            answers, accepted = group.texts(turn.assistant), map(group.texts, turn.answers)
+            for row, (expected, *texts) in enumerate(zip(answers, *accepted, strict=True)):
+                is_faulty[row] |= texts[0] != expected or any(map(_is_blank, texts))
+    return np.flatnonzero(is_faulty).tolist()
+
+
+def _is_blank(text: bytes) -> bool:
+    return not text.decode().strip()
 
 
 def _count_keys(array: Bytes, ends: Places) -> Places:
@@ -155,53 +234,6 @@ def _gaps_after_quotes(array: Bytes, ends: Places) -> list[int]:
     places = np.flatnonzero(is_gap) + 1
     places = places[array[places + 1] != _BREAK]
     return np.unique(np.searchsorted(ends, places)).tolist()
-
-
-def _look_at(
-    samples: list[QuickSample | None], allow_missing_answer: bool
-) -> tuple[list[int], list[bool]]:
-    """Of each sample: its keys; whether schema and the rules about answers hold without question.
-
-    The first half is for the most common kind of sample, and says what the functions below say.
-    """
-    unset = msgspec.UNSET
-    num_keys: list[int] = []
-    plain: list[bool] = []
-    for sample in samples:
-        if sample is None:
-            num_keys.append(-1)
-            plain.append(False)
-            continue
-        turns = sample.conversations
-        if len(turns) == 1 and sample.metadata is unset:
-            turn = turns[0]
-            answer = turn.assistant
-            if (
-                answer
-                and turn.answers is unset
-                and len(answer) < LONG_ANSWER_CHARS
-                and sample.id
-                and sample.source
-                and not answer.isspace()
-            ):
-                num_keys.append(5 if turn.images is unset else 6)
-                plain.append(True)
-                continue
-        num_keys.append(_num_keys(sample))
-        plain.append(_is_plain(sample, allow_missing_answer))
-    return num_keys, plain
-
-
-def _num_keys(sample: QuickSample) -> int:
-    unset = msgspec.UNSET
-    number = 3 + len(sample.conversations)
-    for turn in sample.conversations:
-        number += (
-            (turn.images is not unset) + (turn.assistant is not unset) + (turn.answers is not unset)
-        )
-    if sample.metadata is not unset:
-        number += 1 + (len(sample.metadata) if sample.metadata else 0)
-    return number
 
 
 def _is_plain(sample: QuickSample, allow_missing_answer: bool) -> bool:

@@ -14,6 +14,7 @@ Then the rules across samples look at the facts. Memory does not grow with the s
 for eight bytes a sample and rule, and the paths of distinct images.
 """
 
+import gc
 import os
 import threading
 from collections import Counter
@@ -30,10 +31,12 @@ from phi3v_data.block_check import Block, BlockResult, Options, check_block, dia
 from phi3v_data.checked_lines import MAX_PER_RULE, AnyPath, Progress
 from phi3v_data.diagnostics import Diagnostic, Report
 from phi3v_data.image_check import ImageCheck, Level
-from phi3v_data.image_pass import FEW_IMAGES, FileImages, ImagePass, RunAll
+from phi3v_data.image_pass import FEW_IMAGES, UNUSED, FileImages, ImagePass, RunAll
 from phi3v_data.jsonl import default_image_root, read_lines
+from phi3v_data.line_set import LineSet
+from phi3v_data.repeat_log import Place, RepeatLog
 from phi3v_data.rules import RULES, Context, Line, select_rules
-from phi3v_data.rules.across import MAX_LABELS, Facts, FileFacts, Repeat
+from phi3v_data.rules.across import MAX_LABELS, Facts, FileFacts, Repeat, UnusedFiles
 from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample
 from phi3v_data.worker_pool import num_cores, start_workers
@@ -42,7 +45,10 @@ RulesFor = Callable[[str], tuple[Rule, ...]]
 """A file to the rules that run on it."""
 
 BLOCK_BYTES = 1 << 18
-"""Of JSONL, in one task: its columns stay in the cache of a core."""
+"""Of JSONL, looked at together: its columns stay in the cache of a core."""
+
+TASK_BLOCKS = 8
+"""In one task: handing over one takes as long as a block."""
 
 SMALL_BYTES = 4 << 20
 """Files of so much in all, and not many images, are checked in this process."""
@@ -69,6 +75,7 @@ def validate(
     max_errors: int | None = None,
     num_workers: int | None = None,
     progress: Progress | None = None,
+    ids_across_files: bool = False,
 ) -> Report:
     """Check conversations files, the splits of one data set.
 
@@ -85,6 +92,7 @@ def validate(
         max_errors: stop looking at so many errors.
         num_workers: processes; by default one a core. They are started for large data only.
         progress: called with (done, in all), in bytes of JSONL.
+        ids_across_files: ids are unique among all files (D101), not only within each.
 
     Raises:
         ValueError: no files, a file that is not there, an unknown rule, `num_crops` below 1.
@@ -112,8 +120,10 @@ def validate(
         max_errors=max_errors,
         num_workers=num_workers or num_cores(),
         progress=progress,
+        ids_across_files=ids_across_files,
     )
-    return run.report()
+    with run.ids, run.contents:
+        return run.report()
 
 
 @dataclass
@@ -124,13 +134,12 @@ class _File:
     """All lines, blank ones too."""
 
     num_filled: int = 0
-    blanks: list[int] = field(default_factory=list[int])
+    blanks: LineSet = field(default_factory=LineSet)
     last_filled: int = 0
-    ids: list[Any] = field(default_factory=list[Any])
-    id_lines: list[Any] = field(default_factory=list[Any])
-    contents: list[Any] = field(default_factory=list[Any])
-    image_lines: list[Any] = field(default_factory=list[Any])
-    invalid: set[int] = field(default_factory=set[int])
+    with_images: LineSet = field(default_factory=LineSet)
+    """Numbers of lines with images."""
+
+    invalid: LineSet = field(default_factory=LineSet)
     """Numbers of lines with an error."""
 
     images: dict[str, int] = field(default_factory=dict[str, int])
@@ -155,6 +164,7 @@ class _Run:
         max_errors: int | None,
         num_workers: int,
         progress: Progress | None,
+        ids_across_files: bool,
     ) -> None:
         self.roots = roots
         self.rules = rules
@@ -166,12 +176,17 @@ class _Run:
         self.num_workers = num_workers
         self.progress = progress
         self.of = {file: _File() for file in files}
+        self.numbers = {file: number for number, file in enumerate(files)}
+        self.ids_across_files = ids_across_files
+        self.ids = RepeatLog()
+        self.contents = RepeatLog()
         self.sizes = {file: os.path.getsize(file) for file in files}
         self.all_rules = {rule.code: rule for file in files for rule in rules[file]}
         self.takes_facts = any(rule.subject == "dataset" for rule in self.all_rules.values())
-        self.takes_images = any(code.startswith("I") for code in self.all_rules)
+        self.takes_images = ImagePass.looks_at_images(self.all_rules)
         self.kept: list[Diagnostic] = []
         self.counts: Counter[str] = Counter()
+        self.counts_by_file = {file: Counter[str]() for file in files}
         self.num_kept: Counter[str] = Counter()
         self.num_errors = 0
         self.num_images = 0
@@ -199,9 +214,9 @@ class _Run:
                 self._check_images(images, run_all)
         if self.takes_facts:
             for file in images.files:
-                self.of[file.file].facts.first_of_image = images.first_of_image(file)
+                images.add_facts(file, self.of[file.file].facts)
         if not self.is_full:
-            self._check_across()
+            self._check_across(images.unused_files() if UNUSED in self.all_rules else ())
         if self.progress is not None:
             self.progress(total, total)
         order = {file: number for number, file in enumerate(self.of)}
@@ -217,6 +232,13 @@ class _Run:
             rules=tuple(self.all_rules),
             severities={code: rule.severity for code, rule in self.all_rules.items()},
             is_complete=not self.is_full,
+            counts_by_file={
+                file: {code: counts[code] for code in self.all_rules if counts[code]}
+                for file, counts in self.counts_by_file.items()
+            },
+            cache_problem=images.cache_problem,
+            invalid_lines={file: found.invalid for file, found in self.of.items()},
+            image_hashes=images.hashes,
         )
 
     # --- what is found
@@ -226,10 +248,15 @@ class _Run:
         """Whether there are errors enough."""
         return self.max_errors is not None and self.num_errors >= self.max_errors
 
-    def _add(self, found: Diagnostic, count: int = 1) -> None:
-        self.counts[found.code] += count
+    def _count(self, file: str, code: str, number: int) -> None:
+        self.counts[code] += number
+        self.counts_by_file[file][code] += number
+        if self.all_rules[code].severity == "error":
+            self.num_errors += number
+
+    def _add(self, found: Diagnostic) -> None:
+        self._count(found.file, found.code, 1)
         if found.severity == "error":
-            self.num_errors += count
             if found.line is not None:
                 self.of[found.file].invalid.add(found.line)
         if self.num_kept[found.code] < MAX_PER_RULE:
@@ -243,18 +270,19 @@ class _Run:
         done, total = 0, sum(self.sizes.values())
         share = 0.5 if self.takes_images else 1.0
         skipped: set[str] = set()
-        for (block, _), result in run_all(_check_block, self._blocks()):
-            if block.file not in skipped:
-                self._take_block(block, result)
-            if result.is_utf16:
-                skipped.add(block.file)
-            done += block.end - block.start
+        for (blocks, _), results in run_all(_check_blocks, self._tasks()):
+            for block, result in zip(blocks, results, strict=True):
+                if block.file not in skipped:
+                    self._take_block(block, result)
+                if result.is_utf16:
+                    skipped.add(block.file)
+                done += block.end - block.start
+                if self.is_full:
+                    return
             if self.progress is not None:
                 self.progress(int(done * share), total)
-            if self.is_full:
-                return
 
-    def _blocks(self) -> Iterator[tuple[Block, Options]]:
+    def _tasks(self) -> Iterator[tuple[list[Block], Options]]:
         for file, size in self.sizes.items():
             options = Options(
                 rules=tuple(rule for rule in self.rules[file] if _is_about_a_line(rule)),
@@ -268,44 +296,52 @@ class _Run:
                 ),
                 max_per_rule=MAX_PER_RULE,
             )
-            for start in range(0, size, BLOCK_BYTES):
-                yield Block(file, start, min(size, start + BLOCK_BYTES)), options
+            blocks = [
+                Block(file, start, min(size, start + BLOCK_BYTES))
+                for start in range(0, size, BLOCK_BYTES)
+            ]
+            for start in range(0, len(blocks), TASK_BLOCKS):
+                yield blocks[start : start + TASK_BLOCKS], options
 
     def _take_block(self, block: Block, result: BlockResult) -> None:
         found = self.of[block.file]
         base = found.num_lines + 1
         found.num_lines += result.num_lines
         found.num_filled += result.num_filled
-        found.blanks.extend(number + base for number in result.blanks)
+        found.blanks.update(np.array(result.blanks, dtype=np.int64) + base)
         num_last = result.num_lines
         while result.blanks and num_last - 1 in result.blanks[-1:]:
             num_last -= 1
             result.blanks.pop()
         if num_last:
             found.last_filled = base + num_last - 1
-        found.invalid.update(number + base for number in result.invalid)
+        found.invalid.update(np.array(result.invalid, dtype=np.int64) + base)
         kept: Counter[str] = Counter()
         for number, finding in result.findings:
             kept[finding.code] += 1
             self._add(replace(finding, line=number + base))
         for code, count in (result.counts - kept).items():
-            self.counts[code] += count
-            if self.all_rules[code].severity == "error":
-                self.num_errors += count
-        found.ids.append(result.ids)
-        found.id_lines.append(result.id_lines + base)
-        found.contents.append(result.contents)
-        found.image_lines.append(result.image_lines + base)
-        for image, number in result.images.items():
+            self._count(block.file, code, count)
+        of_block = result.facts
+        number_of_file = self.numbers[block.file]
+        if any(rule.code == D_ID for rule in self.rules[block.file]):
+            ids = of_block.ids
+            if not self.ids_across_files:
+                ids = ids + np.uint64(number_of_file * _GOLDEN % 2**64)  # no file has another's
+            self.ids.add(number_of_file, of_block.lines + base, ids)
+        if len(of_block.contents):
+            self.contents.add(number_of_file, of_block.lines + base, of_block.contents)
+        found.with_images.update(of_block.image_lines + base)
+        for image, number in of_block.images.items():
             found.images.setdefault(image, number + base)
         facts = found.facts
-        facts.num_samples += len(result.ids)
-        for group, number in result.groups.items():
+        facts.num_samples += len(of_block.ids)
+        for group, number in of_block.groups.items():
             facts.first_of_group.setdefault(group, number + base)
-        if result.labels is None or facts.labels is None:
+        if of_block.labels is None or facts.labels is None:
             facts.labels = None
             return
-        for label, (count, number) in result.labels.items():
+        for label, (count, number) in of_block.labels.items():
             facts.labels[label] += count
             facts.first_of_label.setdefault(label, number + base)
         if len(facts.labels) > MAX_LABELS:
@@ -326,20 +362,28 @@ class _Run:
     # --- ids
 
     def _check_ids(self) -> None:
-        """D101: equal hashes say where to look, the ids themselves decide."""
-        for file, found in self.of.items():
-            rule = next((rule for rule in self.rules[file] if rule.code == D_ID), None)
-            if rule is None or not found.ids:
+        """D101: ids with equal hashes are the same (64 bits); so many lines are read to say so."""
+        files = list(self.of)
+        shown: dict[str, dict[int, Place]] = {file: {} for file in files}
+        rule = self.all_rules.get(D_ID)
+        for again, first in self.ids.repeats():
+            assert rule is not None
+            file = files[again.file]
+            if self.num_kept[D_ID] + sum(map(len, shown.values())) < MAX_PER_RULE:
+                shown[file][again.line] = first
                 continue
-            lines = _repeated(np.concatenate(found.ids), np.concatenate(found.id_lines))
-            if not lines:
-                continue
-            first: dict[str, tuple[str, int]] = {}
-            for number, sample in _samples_of(file, lines):
-                context = self._context(file, number, {}, first)
-                for finding in rule.check(sample, context):
-                    self._add(diagnostic(rule, finding, context, sample))
-                first.setdefault(sample.id, (file, number))
+            self._count(file, D_ID, 1)
+            if rule.severity == "error":
+                self.of[file].invalid.add(again.line)
+        for file, firsts in shown.items():
+            for number, sample in _samples_of(file, set(firsts)):
+                first = firsts[number]
+                ids = {sample.id: (files[first.file], first.line)}
+                context = self._context(file, number, {}, ids)
+                for rule in self.rules[file]:
+                    if rule.code == D_ID:
+                        for finding in rule.check(sample, context):
+                            self._add(diagnostic(rule, finding, context, sample))
 
     def _context(
         self,
@@ -370,16 +414,18 @@ class _Run:
         for found in images.findings(run_all, progress):
             self._add(found)
             if found.line is None:  # one cause, many lines: none of those with images is valid
-                for numbers in self.of[found.file].image_lines:
-                    self.of[found.file].invalid.update(numbers.tolist())
+                self.of[found.file].invalid.merge(self.of[found.file].with_images)
             if self.is_full:
                 break
+        for (file, code), number in images.more.items():
+            self._count(file, code, number)
         self.num_images += images.num_images
 
     # --- across samples
 
-    def _check_across(self) -> None:
-        facts = Facts({file: found.facts for file, found in self.of.items()}, self._repeats())
+    def _check_across(self, unused: tuple[UnusedFiles, ...]) -> None:
+        by_file = {file: found.facts for file, found in self.of.items()}
+        facts = Facts(by_file, self._repeats, unused)
         for rule in self.all_rules.values():
             if rule.subject != "dataset":
                 continue
@@ -398,65 +444,41 @@ class _Run:
                         )
                     )
 
-    def _repeats(self) -> list[Repeat]:
+    def _repeats(self) -> Iterator[Repeat]:
         """Samples that an earlier line has, whatever their ids."""
         files = list(self.of)
-        hashes = [np.concatenate(f.contents) if f.contents else _NONE for f in self.of.values()]
-        lines = [np.concatenate(f.id_lines) if f.id_lines else _NONE for f in self.of.values()]
-        if not files or not sum(map(len, hashes)):
-            return []
-        numbers = np.concatenate(lines).astype(np.int64)
-        owners = np.repeat(np.arange(len(files)), [len(part) for part in hashes])
-        everything = np.concatenate(hashes)
-        order = np.argsort(everything, kind="stable")
-        ordered = everything[order]
-        is_first = np.ones(len(ordered), dtype=bool)
-        is_first[1:] = ordered[1:] != ordered[:-1]
-        if is_first.all():
-            return []
-        starts = np.maximum.accumulate(np.where(is_first, np.arange(len(ordered)), 0))
-        later = np.flatnonzero(~is_first)
-        pairs = sorted(zip(order[later].tolist(), order[starts[later]].tolist(), strict=True))
-        return [
-            Repeat(
-                files[owners[again]], int(numbers[again]), files[owners[first]], int(numbers[first])
-            )
-            for again, first in pairs
-        ]
+        for again, first in self.contents.repeats():
+            yield Repeat(files[again.file], again.line, files[first.file], first.line)
 
 
-_NONE = np.empty(0, dtype=np.uint64)
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2**64 / golden ratio: multiples of it are far apart."""
 
 
 def _is_about_a_line(rule: Rule) -> bool:
     return rule.subject != "dataset" and not rule.code.startswith("I") and rule.code != D_ID
 
 
-def _repeated(hashes: Any, lines: Any) -> set[int]:
-    """The lines whose hash another line has, the first of them included."""
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    is_same = ordered[1:] == ordered[:-1]
-    found = np.zeros(len(ordered), dtype=bool)
-    found[1:] |= is_same
-    found[:-1] |= is_same
-    return set(lines[order[found]].tolist())
-
-
 def _samples_of(file: str, numbers: set[int]) -> Iterator[tuple[int, Sample]]:
     """The samples in some lines."""
+    if not numbers:
+        return
+    last = max(numbers)
     for number, content in read_lines(file):
         if number in numbers:
             sample, _ = parse(content)
             if sample is not None:
                 yield number, sample
+        if number >= last:
+            return
 
 
 # --- workers -------------------------------------------------------------------------------------
 
 
-def _check_block(task: tuple[Block, Options]) -> BlockResult:
-    return check_block(*task)
+def _check_blocks(task: tuple[list[Block], Options]) -> list[BlockResult]:
+    blocks, options = task
+    return [check_block(block, options) for block in blocks]
 
 
 @contextmanager
@@ -467,7 +489,9 @@ def _workers(num_workers: int) -> Generator[RunAll, None, None]:
         return
     # Forking is ten times faster than starting anew, and safe where no other thread holds a lock.
     method = "fork" if threading.active_count() == 1 else "spawn"
-    with ProcessPoolExecutor(num_workers, mp_context=get_context(method)) as pool:
+    with ProcessPoolExecutor(
+        num_workers, mp_context=get_context(method), initializer=gc.freeze
+    ) as pool:  # frozen: collecting what is there since before would only copy its pages
         start_workers(pool, num_workers)
 
         def run_all(

@@ -5,8 +5,9 @@ cause: forty images that train and val share are one finding.
 """
 
 import re
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -48,6 +49,41 @@ class Repeat:
     first_line: int
 
 
+@dataclass(frozen=True, slots=True)
+class UnusedFiles:
+    """Image files that no sample names."""
+
+    file: str
+    """The first of the JSONL files with this image root."""
+
+    root: str
+    first_paths: tuple[str, ...]
+    """Some of them, relative to the root."""
+
+    num_files: int
+
+
+@dataclass(slots=True)
+class Looks:
+    """How the images of a file look (`near_images`), in the order of lines."""
+
+    paths: list[str] = field(default_factory=list[str])
+    lines: list[int] = field(default_factory=list[int])
+    """The first with the image."""
+
+    contents: list[int] = field(default_factory=list[int])
+    """Hashes, as in `FileFacts.first_of_image`."""
+
+    looks: "array[int]" = field(default_factory=lambda: array("Q"))
+
+    def add(self, path: str, line: int, content: int, look: int) -> None:
+        """Add one image."""
+        self.paths.append(path)
+        self.lines.append(line)
+        self.contents.append(content)
+        self.looks.append(look)
+
+
 @dataclass(slots=True)
 class FileFacts:
     """What one file holds."""
@@ -66,13 +102,20 @@ class FileFacts:
     first_of_image: dict[int, int] = field(default_factory=dict[int, int])
     """Hash of an image (of its content, or of its path where it is not read) → the first line."""
 
+    looks: Looks = field(default_factory=Looks)
+    """Empty unless they are compared (D108)."""
+
 
 @dataclass(slots=True)
 class Facts:
     """What all files hold."""
 
     files: dict[str, FileFacts] = field(default_factory=dict[str, FileFacts])
-    repeats: list[Repeat] = field(default_factory=list[Repeat])
+
+    repeats: Callable[[], Iterable[Repeat]] = tuple
+    """Samples that an earlier line has, in order; there may be millions."""
+    unused: tuple[UnusedFiles, ...] = ()
+    """Empty unless they are looked for (I110)."""
 
 
 GROUP = re.compile(r"([^/]*_g[0-9]+)_c[0-9]+")
@@ -99,7 +142,7 @@ def duplicate_sample(facts: Facts) -> Iterator[AcrossFinding]:
     Same images, questions and answers. Within a split it counts double; in two splits, what is
     evaluated was trained on.
     """
-    for repeat in facts.repeats:
+    for repeat in facts.repeats():
         is_same_file = repeat.file == repeat.first_file
         place = "" if is_same_file else f" of {repeat.first_file}"
         yield AcrossFinding(
@@ -118,6 +161,41 @@ def shared_image(facts: Facts) -> Iterator[AcrossFinding]:
     are not looked at, by path.
     """
     yield from _shared(facts, ("image is", "images are"), lambda found: found.first_of_image)
+
+
+def near_image(facts: Facts) -> Iterator[AcrossFinding]:
+    """Two splits have pictures that look the same, though their files differ.
+
+    The same picture scaled, compressed again or in another format: what is evaluated has been seen
+    in training. Pictures are compared by a perceptual hash (pHash, 64 bits of which at most 4
+    differ), those of one colour are left out, and those with the same bytes are reported by D103.
+    Scanned forms and neighbouring frames of a video can look the same without being it, so look at
+    them. It decodes every image: off by default, switched on by `--select D108`, or by
+    `severity = {D108 = "warning"}` beside the other rules.
+    """
+    import numpy as np
+
+    from phi3v_data.near_images import find_near
+
+    for (one, of_one), (other, of_other) in combinations(facts.files.items(), 2):
+        first, second = of_one.looks, of_other.looks
+        pairs = [
+            (a, b)
+            for a, b in find_near(np.array(first.looks), np.array(second.looks))
+            if second.contents[b] not in of_one.first_of_image
+        ]
+        if pairs:
+            a, b = min(pairs, key=lambda pair: second.lines[pair[1]])
+            plural = "images look" if len(pairs) > 1 else "image looks"
+            yield AcrossFinding(
+                f"{len(pairs):,} {plural} like one in {one}: the first, {second.paths[b]!r}, "
+                f"like {first.paths[a]!r}",
+                other,
+                second.lines[b],
+                "if it is the same picture, leave it out of one split",
+                (Label("this one", one, first.lines[a]),),
+                len(pairs),
+            )
 
 
 def shared_group(facts: Facts) -> Iterator[AcrossFinding]:
@@ -191,8 +269,8 @@ def label_typo(facts: Facts) -> Iterator[AcrossFinding]:
             if known is not None and _is_typo(label, known, total):
                 file, line = place[label]
                 yield AcrossFinding(
-                    f"the answer {label!r} ({total[label]:,} times) is nearly "
-                    f"{known!r} ({total[known]:,} times)",
+                    f"the answer {label!r} ({_times(total[label])}) is nearly "
+                    f"{known!r} ({_times(total[known])})",
                     file,
                     line,
                     f"if it is the same class, write {known!r}",
@@ -201,6 +279,10 @@ def label_typo(facts: Facts) -> Iterator[AcrossFinding]:
                 break
         for key in _near_keys(label):
             seen.setdefault(key, label)
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number:,} times"
 
 
 def _near_keys(label: str) -> Iterator[str]:
