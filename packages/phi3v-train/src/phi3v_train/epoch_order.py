@@ -159,7 +159,7 @@ def windowed_runs(shards: Shards, *, seed: int, epoch: int) -> Iterator[tuple[in
     for shard in shards.order(seed=seed, epoch=epoch).tolist():
         passed = int(np.searchsorted(reached, begin))
         yield shard, samples[:passed]
-        more = np.arange(shards.first[shard], shards.first[shard + 1], dtype=np.int64)
+        more = np.arange(int(shards.first[shard]), int(shards.first[shard + 1]))
         samples = np.concatenate([samples[passed:], more])
         begins = np.full(len(more), begin, np.int64)
         reached = np.concatenate([reached[passed:], _reached(more, begins, shards, seed, epoch)])

@@ -106,7 +106,7 @@ def mixture_samples(
         ValueError: an argument makes no mixture.
     """
     ends = np.cumsum(np.asarray(sizes, np.int64))
-    numbers = np.arange(ends[-1] if len(ends) else 0) if usable is None else usable
+    numbers = np.arange(sum(sizes)) if usable is None else usable
     cuts = np.searchsorted(numbers, np.concatenate([[0], ends]))
     counts = mixture_counts(
         np.diff(cuts).tolist(), weights=weights, temperature=temperature, epoch_size=epoch_size

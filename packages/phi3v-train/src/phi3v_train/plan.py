@@ -20,7 +20,7 @@ Steps are dealt when they are asked for, some at a time: a plan of any size is t
 is too large to sort at all is planned shard by shard, by `phi3v_train.shard_plan`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -126,14 +126,14 @@ class EpochPlan:
     def step_rows(self, step: int) -> tuple[tuple[Row, ...], ...]:
         """The rows of a step: one tuple per rank, all equally long, of tuples of samples."""
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
-        steps_at_once = _steps_at_once(self.starts, _SAMPLES_AT_ONCE)
-        block = step // steps_at_once
+        at_once = steps_at_once(self.starts)
+        block = step // at_once
         if block not in self._dealt:
-            first = block * steps_at_once
-            rows = self._rows_of(first, min(first + steps_at_once, self.num_steps))
+            first = block * at_once
+            rows = self._rows_of(first, min(first + at_once, self.num_steps))
             self._dealt.clear()
             self._dealt[block] = rows
-        return self._dealt[block][step % steps_at_once]
+        return self._dealt[block][step % at_once]
 
     def rows(self, step: int, rank: int) -> tuple[Row, ...]:
         """The rows that `rank` runs in `step`, in order; an empty row is a dummy."""
@@ -142,11 +142,12 @@ class EpochPlan:
 
     def _rows_of(self, first: int, stop: int) -> tuple[tuple[tuple[Row, ...], ...], ...]:
         starts = self.starts[first : stop + 1]
+        samples = self.order[starts[0] : starts[-1]]
         return deal_rows(
-            self.order[starts[0] : starts[-1]],
+            samples,
             starts - starts[0],
-            self.num_tokens,
-            self.num_crops,
+            self.num_tokens[samples],
+            self.num_crops[samples],
             world_size=self.world_size,
             capacity=self.max_tokens_per_row,
         )
@@ -156,9 +157,9 @@ class EpochPlan:
         num_rows = num_run = 0
         balance = 0.0
         tokens, crops, images = (np.zeros(self.world_size, np.int64) for _ in range(3))
-        steps_at_once = _steps_at_once(self.starts, _SAMPLES_AT_ONCE_IN_ALL)
-        for first in range(0, self.num_steps, steps_at_once):
-            starts = self.starts[first : first + steps_at_once + 1]
+        at_once = steps_at_once(self.starts, _SAMPLES_AT_ONCE_IN_ALL)
+        for first in range(0, self.num_steps, at_once):
+            starts = self.starts[first : first + at_once + 1]
             numbers = self.order[starts[0] : starts[-1]]
             lengths = self.num_tokens[numbers]
             costs = sample_cost(lengths, self.num_crops[numbers])
@@ -409,8 +410,8 @@ def label_token_starts(labels: Numbers, global_batch_size: int) -> Numbers:
 def deal_rows(
     samples: Numbers,
     starts: Numbers,
-    num_tokens: Numbers,
-    num_crops: Numbers,
+    lengths: Numbers,
+    crops: Numbers,
     *,
     world_size: int,
     capacity: int,
@@ -420,13 +421,12 @@ def deal_rows(
     Args:
         samples: of the steps, one step after the other.
         starts: where in them each step starts, and behind those their number.
-        num_tokens: of every sample number.
-        num_crops: of every sample number.
+        lengths: tokens of these samples.
+        crops: of these samples.
         world_size: number of ranks.
         capacity: tokens of a row.
     """
-    lengths = num_tokens[samples]
-    costs = sample_cost(lengths, num_crops[samples])
+    costs = sample_cost(lengths, crops)
     deal, there = _deal_runs(starts, lengths, costs, world_size=world_size, capacity=capacity)
     # The samples of a row, longest first.
     width = world_size * int(deal.rows_per_rank.max(initial=1))
@@ -449,8 +449,8 @@ def deal_rows(
     )
 
 
-def _steps_at_once(starts: Numbers, num_samples: int) -> int:
-    """How many steps make about so many samples, the longest step taken for all."""
+def steps_at_once(starts: Numbers, num_samples: int = _SAMPLES_AT_ONCE) -> int:
+    """How many steps make about so many samples, all taken as long as the longest."""
     longest = int(np.diff(starts).max(initial=1))
     return max(1, num_samples // longest)
 
@@ -464,13 +464,6 @@ def _deal_runs(
     table = np.zeros((2, *there.shape), np.int64)
     table[0, there], table[1, there] = lengths, costs
     return deal_steps(table[0], table[1], world_size=world_size, capacity=capacity), there
-
-
-def planned_blocks(starts: Numbers) -> Iterator[tuple[int, int]]:
-    """(first step, step behind the last) of blocks that are dealt together."""
-    at_once = _steps_at_once(starts, _SAMPLES_AT_ONCE)
-    for first in range(0, len(starts) - 1, at_once):
-        yield first, min(first + at_once, len(starts) - 1)
 
 
 # --- identity ------------------------------------------------------------------------------------
