@@ -33,8 +33,9 @@ holds the byte range that every record batch lies in, and the xxh3-64 of every b
 `block_bytes`; a reader checks the blocks of a batch before Arrow parses it, since a flipped bit in
 an IPC file can crash the process. The footer, behind the last batch, is checked on opening.
 
-**manifest.json** is the `Manifest` below. `checksum` is the xxh3-64 of the rest: JSON with sorted
-keys and no white space. `fingerprint` names the data: equal data, equal fingerprint.
+**manifest.json** is the `Manifest` below. `checksum`, the last field, is the xxh3-64 of the file
+with the 16 digits of the checksum as zeros. `fingerprint` names the data: equal data, equal
+fingerprint.
 
 Bytes are a pure function of the input and the settings (and of the version of pyarrow).
 """
@@ -42,12 +43,14 @@ Bytes are a pure function of the input and the settings (and of the version of p
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
 
+import msgspec
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 
 FORMAT = "phi3v-shards"
-VERSION = 1
+VERSION = 2
 """Of the format. A reader takes its own version only."""
 
 SCHEMA_VERSION = 1
@@ -67,7 +70,12 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class FileEntry(_Frozen):
+_STRICT = ConfigDict(extra="forbid", strict=True)
+# Entries are dataclasses with slots: there may be 40,000 of them.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class FileEntry:
     """A file of the directory."""
 
     name: str
@@ -75,6 +83,7 @@ class FileEntry(_Frozen):
     sha256: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class ShardEntry(FileEntry):
     """A Parquet file."""
 
@@ -82,6 +91,7 @@ class ShardEntry(FileEntry):
     num_images: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class IndexEntry(FileEntry):
     """`index.arrow`, and what is needed to trust a part of it."""
 
@@ -102,6 +112,10 @@ class SourceEntry(_Frozen):
 
     sha256: str
     num_lines: int
+    """Lines that are not blank."""
+
+    ignored: tuple[str, ...]
+    """Codes that ran on other files of the directory, and not on this one."""
 
 
 class Validation(_Frozen):
@@ -111,8 +125,19 @@ class Validation(_Frozen):
     """Program and version."""
 
     rules: tuple[str, ...]
+    """Codes of the rules that ran."""
+
+    severities: dict[str, str]
+    """Code of each rule that ran → `error` or `warning` in this run."""
+
+    level: str
+    """How closely images were looked at: `header`, `deep` or `full`."""
+
     counts: dict[str, int]
     """Findings by code. Errors can be here only with `drop_invalid`."""
+
+    is_complete: bool
+    """Whether everything was looked at; false where it stopped at so many errors."""
 
 
 class Settings(_Frozen):
@@ -132,6 +157,10 @@ class Manifest(_Frozen):
     schema_version: int
     """Of the sample schema."""
 
+    input: str
+    """Names the lines and the content of the images that were stored, and where shards end: what a
+    later run compares to know that there is nothing to do."""
+
     fingerprint: str
     """SHA-256 over the names and hashes of shards and index: equal data, equal fingerprint."""
 
@@ -150,7 +179,20 @@ class Manifest(_Frozen):
     def to_json(self) -> str:
         """The file's content, checksum included."""
         content = self.model_dump(mode="json", exclude={"checksum"})
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
+        text = json.dumps({**content, "checksum": _NO_CHECKSUM}, indent=1) + "\n"
+        return text[:-_END] + xxhash.xxh3_64_hexdigest(text.encode()) + text[16 - _END :]
+
+
+_NO_CHECKSUM = "0" * 16
+_END = len(f'{_NO_CHECKSUM}"\n}}\n')
+"""From the checksum's first digit to the end of the file."""
+
+
+class _Version(msgspec.Struct):
+    """What is read of a manifest before it is known to be one."""
+
+    format: object = None
+    version: object = None
 
 
 def shard_name(number: int) -> str:
@@ -159,7 +201,7 @@ def shard_name(number: int) -> str:
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
-    """Read and check `manifest.json`.
+    """Read and check the `manifest.json` of a folder.
 
     Raises:
         ShardError: not a shard directory, another version, or a damaged manifest.
@@ -172,34 +214,38 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         raise ShardError(
             f"{os.fspath(directory)}: {what}; expected a directory written by `phi3v-data shard`"
         ) from None
+    return parse_manifest(raw, os.fspath(directory))
+
+
+def parse_manifest(raw: bytes, directory: str) -> Manifest:
+    """Check the content of `manifest.json` and read it.
+
+    Args:
+        raw: all bytes of the file.
+        directory: a path or an address, for messages.
+
+    Raises:
+        ShardError: another version, or damaged.
+    """
+    name = f"{directory.rstrip('/')}/{MANIFEST}"
     try:
-        content: Any = json.loads(raw)
-    except ValueError as error:
-        raise ShardError(f"{path}: damaged: not JSON: {error}") from None
-    fields = cast("dict[str, Any]", content if isinstance(content, dict) else {})
-    if fields.get("format") != FORMAT:
-        raise ShardError(f"{path}: not the manifest of a shard directory: no format {FORMAT!r}")
-    version = fields.get("version")
-    if version != VERSION:
+        version = msgspec.json.decode(raw, type=_Version)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"{name}: damaged: not JSON: {error}") from None
+    if version.format != FORMAT:
+        raise ShardError(f"{name}: not the manifest of a shard directory: no format {FORMAT!r}")
+    if version.version != VERSION:
         raise ShardError(
-            f"{os.fspath(directory)}: shard format version {version!r}, this program reads "
+            f"{directory}: shard format version {version.version!r}, this program reads "
             f"{VERSION}; use the phi3v-data that wrote it, or write it again with "
             "`phi3v-data shard`"
         )
-    checksum = fields.pop("checksum", None)
-    if checksum != _checksum(fields):
-        raise ShardError(f"{path}: damaged or edited: its checksum does not match")
+    checksum = xxhash.xxh3_64_hexdigest(
+        b"".join((raw[:-_END], _NO_CHECKSUM.encode(), raw[16 - _END :]))
+    )
+    if raw[-_END : 16 - _END] != checksum.encode():
+        raise ShardError(f"{name}: damaged or edited: its checksum does not match")
     try:
-        manifest = Manifest.model_validate_json(raw)
+        return Manifest.model_validate_json(raw)
     except ValidationError as error:
-        raise ShardError(f"{path}: not as expected: {error.errors()[0]['msg']}") from None
-    if manifest.to_json().encode() != raw:
-        raise ShardError(f"{path}: damaged or edited: not laid out as it was written")
-    return manifest
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    import xxhash
-
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_64_hexdigest(canonical.encode())
+        raise ShardError(f"{name}: not as expected: {error.errors()[0]['msg']}") from None

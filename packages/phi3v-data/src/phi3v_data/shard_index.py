@@ -7,7 +7,7 @@
     entry = writer.close()                  # goes into the manifest
 
     index = IndexReader(path, entry)
-    index.sample_json(17), index.images(17)
+    index.row(17).sample_json, index.images(17)
 
 The layout is in `phi3v_data.shard_format`.
 """
@@ -15,12 +15,9 @@ The layout is in `phi3v_data.shard_format`.
 import hashlib
 import mmap
 import os
-import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -29,6 +26,7 @@ from phi3v_data.shard_format import IndexEntry, ShardError
 
 ROWS_PER_BATCH = 1024
 BLOCK_BYTES = 256 * 1024
+_MAGIC_BYTES = 8
 
 _IMAGE_TYPE = pa.struct(
     [
@@ -139,24 +137,46 @@ class IndexWriter:
         self._batches.append((start, self._sink.tell() - start))
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Columns of a record batch as numpy views of the map."""
+class IndexRow(NamedTuple):
+    """What is needed to read a sample: its text, and where the bytes of its images are."""
 
-    samples: Any  # pa.LargeStringArray
-    ids: Any  # pa.StringArray
-    shards: np.ndarray  # (rows,) uint32
-    bounds: np.ndarray  # (rows + 1,) int32: images of row r are bounds[r]:bounds[r + 1]
-    places: tuple[np.ndarray, ...]  # offset, length, width, height, xxh3_64: each (images,)
+    sample_json: memoryview
+    shard: int
+    spans: list[tuple[int, int]]
+    """(offset, length) in bytes in the shard, an image each."""
+    hashes: list[int]
+    """xxh3-64 of each image."""
+
+
+class _Batch(NamedTuple):
+    """Where the columns of a record batch start in the file, in items of their type.
+
+    Numbers, not arrays: a reader of ten million rows keeps ten thousand of these.
+    """
+
+    sample_bounds: int  # int64, one more than rows
+    sample_text: int  # bytes
+    id_bounds: int  # int32, one more than rows
+    id_text: int  # bytes
+    shard: int  # uint32
+    bounds: int  # int32: images of row r are bounds[r]:bounds[r + 1]
+    offset: int  # uint64
+    length: int  # uint64
+    width: int  # uint32
+    height: int  # uint32
+    xxh3_64: int  # uint64
 
 
 class IndexReader:
-    """Rows of an index; a block is checked when first needed."""
+    """Rows of an index; a block is checked when first needed.
+
+    Arrow tells where the columns of a batch lie; numbers are then read from the map. There is no
+    lock: what two threads find out at the same time is the same.
+    """
 
     def __init__(self, path: Path, entry: IndexEntry) -> None:
         self._path = path
         self._entry = entry
-        self._lock = threading.Lock()
         self._batches: dict[int, _Batch] = {}
         with _open(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -166,33 +186,64 @@ class IndexReader:
                 )
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._view = memoryview(self._map)
+        self._base: int = pa.py_buffer(self._map).address
+        whole = self._view[: size // 8 * 8]
+        self._u64 = whole.cast("Q")
+        self._u32 = whole.cast("I")
         self._is_checked = bytearray(len(entry.blocks))
         start = entry.batches[0][0] if entry.batches else size
         end = sum(entry.batches[-1]) if entry.batches else size
         self._check(0, start)
         self._check(end, size)
-        self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
+
+    def row(self, row: int) -> IndexRow:
+        """All that is needed to read a sample."""
+        number, k = divmod(row, self._entry.rows_per_batch)
+        batch = self._batches.get(number) or self._load(number)
+        u64, u32 = self._u64, self._u32
+        at = batch.sample_bounds + k
+        text = batch.sample_text
+        json = self._view[text + u64[at] : text + u64[at + 1]]
+        at = batch.bounds + k
+        start, end = u32[at], u32[at + 1]
+        if start == end:
+            return IndexRow(json, u32[batch.shard + k], [], [])
+        offsets = u64[batch.offset + start : batch.offset + end]
+        lengths = u64[batch.length + start : batch.length + end]
+        hashes = u64[batch.xxh3_64 + start : batch.xxh3_64 + end].tolist()
+        return IndexRow(json, u32[batch.shard + k], list(zip(offsets, lengths)), hashes)  # noqa: B905  # as long as each other, and this is the hot path
 
     def sample_json(self, row: int) -> bytes:
         """The sample of a row as a line of JSONL."""
         batch, k = self._locate(row)
-        return bytes(batch.samples[k].as_buffer())
+        at, text = batch.sample_bounds + k, batch.sample_text
+        return bytes(self._view[text + self._u64[at] : text + self._u64[at + 1]])
 
     def id(self, row: int) -> str:
         """The id of a row."""
         batch, k = self._locate(row)
-        return batch.ids[k].as_py()
+        at, text = batch.id_bounds + k, batch.id_text
+        return str(self._view[text + self._u32[at] : text + self._u32[at + 1]], "utf-8")
 
     def shard(self, row: int) -> int:
         """The number of the shard that holds the images of a row."""
         batch, k = self._locate(row)
-        return int(batch.shards[k])
+        return self._u32[batch.shard + k]
 
     def images(self, row: int) -> tuple[ImagePlace, ...]:
         """Where the images of a row are."""
         batch, k = self._locate(row)
-        start, end = int(batch.bounds[k]), int(batch.bounds[k + 1])
-        columns = [column[start:end].tolist() for column in batch.places]
+        u64, u32 = self._u64, self._u32
+        start, end = u32[batch.bounds + k], u32[batch.bounds + k + 1]
+        if start == end:
+            return ()
+        columns = (
+            u64[batch.offset + start : batch.offset + end],
+            u64[batch.length + start : batch.length + end],
+            u32[batch.width + start : batch.width + end],
+            u32[batch.height + start : batch.height + end],
+            u64[batch.xxh3_64 + start : batch.xxh3_64 + end],
+        )
         return tuple(ImagePlace(*place) for place in zip(*columns, strict=True))
 
     def check_all(self) -> None:
@@ -205,29 +256,46 @@ class IndexReader:
 
     def _locate(self, row: int) -> tuple[_Batch, int]:
         number, k = divmod(row, self._entry.rows_per_batch)
-        batch = self._batches.get(number)
-        if batch is None:
-            with self._lock:
-                batch = self._batches.get(number) or self._load(number)
-                self._batches[number] = batch
-        return batch, k
+        return self._batches.get(number) or self._load(number), k
 
     def _load(self, number: int) -> _Batch:
         start, length = self._entry.batches[number]
         self._check(start, start + length)
-        batch = self._reader.get_batch(number)
+        if start == 0:  # the magic bytes and the schema come before the first batch
+            start, length = _MAGIC_BYTES, length - _MAGIC_BYTES
+        messages = pa.ipc.MessageReader.open_stream(
+            pa.py_buffer(self._view[start : start + length])
+        )
+        message = messages.read_next_message()
+        if message.type == "schema":
+            message = messages.read_next_message()
+        batch = pa.ipc.read_record_batch(message, INDEX_SCHEMA)
         images = batch.column("images")
         places = images.values
-        return _Batch(
-            samples=batch.column("sample"),
-            ids=batch.column("id"),
-            shards=batch.column("shard").to_numpy(),
-            bounds=images.offsets.to_numpy(),
-            places=tuple(
-                places.field(name).to_numpy()
-                for name in ("offset", "length", "width", "height", "xxh3_64")
-            ),
+        sample, id_ = batch.column("sample").buffers(), batch.column("id").buffers()
+
+        def begin(buffer: Any, item_bytes: int) -> int:
+            if buffer is None or buffer.size == 0:  # no row of this batch has any
+                return 0
+            position = buffer.address - self._base
+            assert position % item_bytes == 0, "Arrow aligns buffers to 8 bytes"
+            return position // item_bytes
+
+        found = _Batch(
+            sample_bounds=begin(sample[1], 8),
+            sample_text=begin(sample[2], 1),
+            id_bounds=begin(id_[1], 4),
+            id_text=begin(id_[2], 1),
+            shard=begin(batch.column("shard").buffers()[1], 4),
+            bounds=begin(images.buffers()[1], 4),
+            offset=begin(places.field("offset").buffers()[1], 8),
+            length=begin(places.field("length").buffers()[1], 8),
+            width=begin(places.field("width").buffers()[1], 4),
+            height=begin(places.field("height").buffers()[1], 4),
+            xxh3_64=begin(places.field("xxh3_64").buffers()[1], 8),
         )
+        self._batches[number] = found
+        return found
 
     def _check(self, start: int, end: int) -> None:
         size = self._entry.block_bytes

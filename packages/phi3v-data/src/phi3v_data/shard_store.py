@@ -11,7 +11,6 @@ thread before it is asked for bytes, and may be used in a process forked from th
 
 import mmap
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -21,12 +20,6 @@ from phi3v_data.shard_format import FileEntry, ShardEntry, ShardError
 
 Span = tuple[int, int]
 """(offset, length) in bytes."""
-
-POPULATE_READ = 22
-"""MADV_POPULATE_READ of Linux 5.14, for which `mmap` has no name before Python 3.15: maps the pages
-of a range in one call, where touching them takes a fault for every 16."""
-
-PAGE = mmap.PAGESIZE
 
 
 class ShardStore(Protocol):
@@ -71,8 +64,7 @@ class LocalStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._folder = Path(os.path.abspath(path))
-        self._lock = threading.Lock()
-        self._maps: dict[str, tuple[mmap.mmap, memoryview]] = {}
+        self._maps: dict[str, memoryview] = {}
 
     @property
     def name(self) -> str:
@@ -103,31 +95,21 @@ class LocalStore:
 
     def ranges(self, entry: ShardEntry, spans: Sequence[Span]) -> list[memoryview]:
         """See `ShardStore`. The views are of the mapped file: nothing is copied."""
-        found = self._maps.get(entry.name)
-        if found is None:
-            found = self._map(entry)
-        mapped, view = found
-        if _CAN_POPULATE and spans:
-            # What is asked for lies together, nearly always: the images of one sample.
-            first = spans[0][0] // PAGE * PAGE
-            last = spans[-1][0] + spans[-1][1]
-            if 0 <= first < last <= len(mapped):
-                mapped.madvise(POPULATE_READ, first, last - first)
-        return [view[offset : offset + length] for offset, length in spans]
+        content = self._maps.get(entry.name)
+        if content is None:
+            content = self._map(entry)
+        return [content[offset : offset + length] for offset, length in spans]
 
     def close(self) -> None:
         """See `ShardStore`."""
-        with self._lock:
-            self._maps = {}
+        self._maps = {}
 
-    def _map(self, entry: ShardEntry) -> tuple[mmap.mmap, memoryview]:
-        with self._lock:
-            found = self._maps.get(entry.name)
-            if found is None:
-                with open(self.local_path(entry), "rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                found = self._maps[entry.name] = (mapped, memoryview(mapped))
-        return found
+    def _map(self, entry: ShardEntry) -> memoryview:
+        with open(self.local_path(entry), "rb") as file:
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        # Two threads may come here at once; the first to arrive is kept. A lock could be held by
+        # another thread when the process forks, and would never be free in the child.
+        return self._maps.setdefault(entry.name, content)
 
 
 def open_store(path_or_url: str | os.PathLike[str]) -> ShardStore:
@@ -141,16 +123,3 @@ def open_store(path_or_url: str | os.PathLike[str]) -> ShardStore:
 
         return RemoteStore(os.fspath(path_or_url))
     return LocalStore(path_or_url)
-
-
-def _can_populate() -> bool:
-    """Whether this kernel knows POPULATE_READ."""
-    with mmap.mmap(-1, PAGE) as probe:
-        try:
-            probe.madvise(POPULATE_READ, 0, PAGE)
-        except (OSError, AttributeError):
-            return False
-    return True
-
-
-_CAN_POPULATE = _can_populate()

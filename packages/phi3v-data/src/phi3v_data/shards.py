@@ -2,76 +2,133 @@
 # pyarrow ships no type stubs; it enters by shard_index.
 """Shards: a validated data set as Parquet files that are read like a memory map.
 
-    shards = open_shards("shards/train")
+    shards = open_shards("shards/train")    # or an address, or any Parquet of this schema
     len(shards)                     # 300
     record = shards[17]
     record.sample.conversations     # the Sample
     record.images                   # its images, encoded, as memoryviews of the file: no copy
     shards.image_sizes_wh(17)       # ((320, 240), ...), from the index: no image is touched
+    shards.try_get(18)              # None where the row is damaged, which is counted:
+    shards.damaged                  # {18: "shards/train/shard-00000.parquet: row 18, sample ..."}
 
-What is on disk: `phi3v_data.shard_format`. Written by `shard_writer`, checked by `shard_verify`.
+What is on disk: `phi3v_data.shard_format`. Written by `shard_writer`, checked by `shard_verify`;
+where the bytes come from is a `shard_store`, and Parquet that others wrote is a `parquet_index`.
 """
 
-import mmap
 import os
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from types import MappingProxyType
+from typing import Literal, overload
 
+import numpy as np
 import xxhash
 from pydantic import ValidationError
 
 from phi3v_data.schema import Sample
-from phi3v_data.shard_format import FileEntry, Manifest, ShardError, read_manifest
-from phi3v_data.shard_index import IndexReader
+from phi3v_data.shard_format import (
+    MANIFEST,
+    Manifest,
+    ShardEntry,
+    ShardError,
+    parse_manifest,
+    read_manifest,
+)
+from phi3v_data.shard_index import IndexReader, IndexRow
+from phi3v_data.shard_store import LocalStore, ShardStore, open_store
 
-__all__ = ["Record", "ShardError", "ShardReader", "open_shards"]
+__all__ = ["Record", "ShardError", "ShardReader", "Verify", "open_shards"]
+
+Verify = Literal["full", "sampled", "off"]
+"""Which images are compared with their hash when first read: all, those of one row in 16, none."""
+
+_SAMPLED_ROWS = 16
 
 
-@dataclass(frozen=True, slots=True)
 class Record:
     """A sample with its images."""
 
-    sample: Sample
-    images: tuple[memoryview, ...]
-    """Encoded bytes of the images of all turns, in reading order: views of the mapped file."""
+    __slots__ = ("_json", "_name", "_sample", "images")
+
+    def __init__(self, json: memoryview, images: tuple[memoryview, ...], name: str) -> None:
+        self.images = images
+        """Encoded bytes of the images of all turns, in reading order: views of the mapped file, or
+        of what was fetched."""
+        self._json = json
+        self._name = name
+        self._sample: Sample | None = None
+
+    @property
+    def sample(self) -> Sample:
+        """The sample; read from its JSON when first asked for."""
+        if self._sample is None:
+            self._sample = _read_sample(self._json, self._name)
+        return self._sample
+
+    def __repr__(self) -> str:
+        return f"Record({self.sample.id!r}, {len(self.images)} images)"
 
 
 class ShardReader:
     """A sequence of `Record`s. Open it with `open_shards`.
 
-    Safe to use from many threads; pickles as its path, so that handing it to a worker is cheap.
-    The bytes of an image are compared with their hash when first read.
+    Safe to use from many threads; pickles as its path, so that handing it to a worker is cheap, and
+    may be used in a forked process. The bytes of an image are compared with their hash when first
+    read. A file that another program shortens while it is open ends the process (SIGBUS), as with
+    every mapped file; shards that are replaced under their name are safe.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(os.path.abspath(path))
-        self.manifest: Manifest = read_manifest(self._path)
-        self._index = IndexReader(self._path / self.manifest.index.name, self.manifest.index)
-        self._lock = threading.Lock()
-        self._maps: dict[int, memoryview] = {}
-        self._is_verified = bytearray(self.manifest.num_samples)
+    def __init__(
+        self, source: str | os.PathLike[str] | ShardStore, *, verify: Verify = "full"
+    ) -> None:
+        if verify not in ("full", "sampled", "off"):
+            raise ValueError(f"verify: expected 'full', 'sampled' or 'off', got {verify!r}")
+        self.store: ShardStore = (
+            open_store(source) if isinstance(source, str | os.PathLike) else source
+        )
+        """Where the bytes come from."""
+        self.manifest: Manifest = (
+            read_manifest(self.store.name)
+            if isinstance(self.store, LocalStore)
+            else parse_manifest(self.store.read(MANIFEST), self.store.name)
+        )
+        self._index = IndexReader(self.store.local_path(self.manifest.index), self.manifest.index)
+        self._verify: Verify = verify
+        self._shards = self.manifest.shards
+        self._count = self.manifest.num_samples
+        # One byte a row, which takes no memory until it is written.
+        self._is_verified = np.zeros(self._count, np.uint8).data
+        self._damaged: dict[int, str] = {}
 
     @property
     def path(self) -> Path:
-        """The directory."""
-        return self._path
+        """The directory.
+
+        Raises:
+            ValueError: it is not on this machine.
+        """
+        if "://" in self.store.name:
+            raise ValueError(f"{self.store.name}: is not on this machine; see `store.name`")
+        return Path(self.store.name)
 
     @property
     def fingerprint(self) -> str:
         """Names the data: equal for equal samples and images, wherever the directory is."""
         return self.manifest.fingerprint
 
+    @property
+    def damaged(self) -> MappingProxyType[int, str]:
+        """The rows that `try_get` found damaged, with what is wrong."""
+        return MappingProxyType(self._damaged)
+
     def __len__(self) -> int:
-        return self.manifest.num_samples
+        return self._count
 
     def __repr__(self) -> str:
-        return f"ShardReader({os.fspath(self._path)!r}, {len(self)} samples)"
+        return f"ShardReader({self.store.name!r}, {len(self)} samples)"
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return _reopen, (self._path, self.fingerprint)
+        return _reopen, (self.store, self.fingerprint, self._verify)
 
     @overload
     def __getitem__(self, i: int) -> Record: ...
@@ -79,11 +136,24 @@ class ShardReader:
     def __getitem__(self, i: slice) -> list[Record]: ...
     def __getitem__(self, i: int | slice) -> Record | list[Record]:
         if isinstance(i, slice):
-            return [self._record(row) for row in range(*i.indices(len(self)))]
+            return [self._record(row) for row in range(*i.indices(self._count))]
         return self._record(self._row(i))
 
     def __iter__(self) -> Iterator[Record]:
-        return (self._record(row) for row in range(len(self)))
+        return (self._record(row) for row in range(self._count))
+
+    def try_get(self, i: int) -> Record | None:
+        """The record, or None where it is damaged: then the row is in `damaged`.
+
+        Raises:
+            IndexError: there is no sample `i`.
+        """
+        row = self._row(i)
+        try:
+            return self._record(row)
+        except ShardError as error:
+            self._damaged[row] = str(error)
+            return None
 
     def sample(self, i: int) -> Sample:
         """The sample alone, from the index: no image is touched.
@@ -93,12 +163,7 @@ class ShardReader:
             ShardError: the index is damaged.
         """
         row = self._row(i)
-        try:
-            return Sample.from_json(self._index.sample_json(row))
-        except ValidationError as error:
-            raise ShardError(
-                f"{self._path}: row {row}: its text is not a sample: {error.errors()[0]['msg']}"
-            ) from None
+        return _read_sample(self._index.row(row).sample_json, self._name(row))
 
     def image_sizes_wh(self, i: int) -> tuple[tuple[int, int], ...]:
         """(width, height) in pixels of each image, upright, from the index."""
@@ -107,75 +172,78 @@ class ShardReader:
 
     def image_bytes(self, i: int) -> int:
         """Encoded size of all images of a sample, from the index."""
-        return sum(place.length for place in self._index.images(self._row(i)))
+        return sum(length for _, length in self._index.row(self._row(i)).spans)
+
+    def image_spans(self, i: int) -> tuple[ShardEntry, list[tuple[int, int]]]:
+        """The shard of a sample, and (offset, length) of each image there: for a store's plan."""
+        found = self._index.row(self._row(i))
+        return self._shards[found.shard], found.spans
 
     def shard_name(self, i: int) -> str:
         """The file that holds the images of a sample."""
-        return self.manifest.shards[self._index.shard(self._row(i))].name
+        return self._shards[self._index.shard(self._row(i))].name
+
+    def close(self) -> None:
+        """Let go of files and connections; records that were handed out stay valid."""
+        self.store.close()
 
     def _row(self, i: int) -> int:
-        row = i + len(self) if i < 0 else i
-        if not 0 <= row < len(self):
-            raise IndexError(f"sample {i}: {self._path} holds {len(self)}")
+        row = i + self._count if i < 0 else i
+        if not 0 <= row < self._count:
+            raise IndexError(f"sample {i}: {self.store.name} holds {self._count}")
         return row
 
+    def _name(self, row: int) -> str:
+        return f"{self.store.name}: row {row}"
+
     def _record(self, row: int) -> Record:
-        sample = self.sample(row)
-        places = self._index.images(row)
-        if not places:
-            return Record(sample, ())
-        number = self._index.shard(row)
-        content = self._map(number)
-        images = tuple(content[place.offset : place.offset + place.length] for place in places)
+        found = self._index.row(row)
+        if not found.spans:
+            return Record(found.sample_json, (), self.store.name)
+        images = self.store.ranges(self._shards[found.shard], found.spans)
         if not self._is_verified[row]:
-            for k, (image, place) in enumerate(zip(images, places, strict=True)):
-                if xxhash.xxh3_64_intdigest(image) != place.xxh3_64:
-                    raise ShardError(
-                        f"{self._path / self.manifest.shards[number].name}: row {row}, sample "
-                        f"{sample.id!r}, image {k + 1} ({sample.images[k]}): its bytes are damaged"
-                    )
+            if self._verify == "full" or (self._verify == "sampled" and row % _SAMPLED_ROWS == 0):
+                self._check(row, found, images)
             self._is_verified[row] = 1
-        return Record(sample, images)
+        return Record(found.sample_json, tuple(images), self.store.name)
 
-    def _map(self, number: int) -> memoryview:
-        content = self._maps.get(number)
-        if content is None:
-            with self._lock:
-                content = self._maps.get(number)
-                if content is None:
-                    content = self._maps[number] = self._open_map(number)
-        return content
-
-    def _open_map(self, number: int) -> memoryview:
-        entry = self.manifest.shards[number]
-        path = self._path / entry.name
-        problem = _size_problem(path, entry)
-        if problem:
-            raise ShardError(f"{path}: {problem}")
-        with open(path, "rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    def _check(self, row: int, found: IndexRow, images: list[memoryview]) -> None:
+        for k, xxh3_64 in enumerate(found.hashes):
+            if xxhash.xxh3_64_intdigest(images[k]) != xxh3_64:
+                sample = _read_sample(found.sample_json, self._name(row))
+                raise ShardError(
+                    f"{self.store.name}/{self._shards[found.shard].name}: row {row}, sample "
+                    f"{sample.id!r}, image {k + 1} ({sample.images[k]}): its bytes are damaged"
+                )
 
 
-def open_shards(path: str | os.PathLike[str]) -> ShardReader:
-    """Open a directory written by `write_shards`.
+def open_shards(
+    source: str | os.PathLike[str] | ShardStore, *, verify: Verify = "full"
+) -> ShardReader:
+    """Open a directory written by `write_shards`, or Parquet of the same schema.
+
+    Args:
+        source: a shard directory: its path, its address on an object store, or a store opened with
+            settings of its own. Or a Parquet file, or a folder of them, that others wrote: it is
+            indexed on first use (`phi3v_data.parquet_index`).
+        verify: which images are compared with their hash when first read: `full`, all of them;
+            `sampled`, those of one row in 16; `off`, none. Texts and the index always are.
 
     Raises:
         ShardError: it is not one, is incomplete, of another format version, or damaged.
     """
-    return ShardReader(path)
+    return ShardReader(source, verify=verify)
 
 
-def _reopen(path: Path, fingerprint: str) -> ShardReader:
-    reader = ShardReader(path)
+def _reopen(store: ShardStore, fingerprint: str, verify: Verify) -> ShardReader:
+    reader = ShardReader(store, verify=verify)
     if reader.fingerprint != fingerprint:
-        raise ShardError(f"{path}: was replaced by other data after it was opened")
+        raise ShardError(f"{store.name}: was replaced by other data after it was opened")
     return reader
 
 
-def _size_problem(path: Path, entry: FileEntry) -> str:
-    if not path.is_file():
-        return "missing"
-    size = path.stat().st_size
-    if size != entry.num_bytes:
-        return f"damaged: {size} bytes, the manifest says {entry.num_bytes}"
-    return ""
+def _read_sample(json: memoryview, name: str) -> Sample:
+    try:
+        return Sample.from_json(bytes(json))
+    except ValidationError as error:
+        raise ShardError(f"{name}: its text is not a sample: {error.errors()[0]['msg']}") from None
