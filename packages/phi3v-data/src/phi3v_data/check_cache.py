@@ -33,7 +33,7 @@ import xxhash
 from phi3v_data.image_check import ImageCheck, Level
 from phi3v_data.image_header import image_info
 
-CHECKS_VERSION = 1
+CHECKS_VERSION = 2
 """Raised with every change of `image_check`, `image_header` or `images` that changes a verdict."""
 
 BATCH = 512

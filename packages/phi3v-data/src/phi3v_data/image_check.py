@@ -11,8 +11,11 @@ How closely the file is looked at is the level:
   `_is_whole_png`. Whatever these cannot vouch for is decoded.
 - `full`: everything is decoded.
 
-They differ in one case: a PNG of more than `INFLATED_BYTES` whose checksums are all right and whose
-compressed pixels are wrong all the same, as only a faulty writer makes it.
+A header that promises far more pixels than a file of its size can hold is refused at every level:
+a decompression bomb.
+
+The last two differ in one case: a PNG of more than `INFLATED_BYTES` whose checksums are all right
+and whose compressed pixels are wrong all the same, as only a faulty writer makes it.
 
 The hash lets a later reader of the same file (the shard writer) know that it writes the very bytes
 that were checked.
@@ -62,6 +65,16 @@ Level: TypeAlias = Literal["header", "deep", "full"]
 
 INFLATED_BYTES = 32 << 10
 """Of a PNG's pixels so much is decompressed at the deep level; beyond, checksums vouch for them."""
+
+
+MANY_PIXELS = 16_000_000
+"""Up to here an image is decoded whatever its file's size: that takes a fraction of a second."""
+
+MOST_PIXELS_A_BYTE = {"JPEG": 4_000, "MPO": 4_000, "GIF": 4_000, "BMP": 4_000, "PPM": 4_000}
+"""Of larger images: no writer of these formats packs more into a byte (JPEG 341, GIF 2,600)."""
+
+MOST_PIXELS_A_BYTE_OF_OTHERS = 50_000
+"""An empty page at 600 dpi as a fax (TIFF, group 4) has 40,000; WebP has no bound at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +307,10 @@ def _check_header(descriptor: int, size: int) -> ImageCheck:
                 info = probe_file(file)
             except ImageError as error:
                 return _refused(error, None, size, 0)
+    try:
+        _refuse_bomb(info, size)
+    except ImageError as error:
+        return _refused(error, info, size, 0)
     return ImageCheck("ok", "", info, size)
 
 
@@ -314,14 +331,33 @@ def check_bytes(data: bytes, level: Level = "deep") -> ImageCheck:
         if level == "header":
             info = read_header(lambda start, count: data[start : start + count], len(data))
             info = info or probe_image(data)
+            _refuse_bomb(info, len(data))
         else:
             info = _known_whole(data) if level == "deep" else None
             if info is None:
                 info = probe_image(data)
+                _refuse_bomb(info, len(data))
                 decode_image(data)
     except ImageError as error:
         return _refused(error, info, len(data), digest)
     return ImageCheck("ok", "", info, len(data), digest)
+
+
+def _refuse_bomb(info: ImageInfo, num_bytes: int) -> None:
+    """Refuse, before decoding, a header that promises more pixels than such a file can hold.
+
+    34 bytes of WebP decode to half a gigabyte, and take seconds.
+
+    Raises:
+        TooManyPixelsError: it does.
+    """
+    num_pixels = info.width * info.height
+    most = MOST_PIXELS_A_BYTE.get(info.format, MOST_PIXELS_A_BYTE_OF_OTHERS) * num_bytes
+    if num_pixels > max(MANY_PIXELS, most):
+        raise TooManyPixelsError(
+            f"{info.width}x{info.height} pixels in a file of {num_bytes:,} bytes: "
+            "a decompression bomb"
+        )
 
 
 def _refused(error: ImageError, info: ImageInfo | None, num_bytes: int, digest: int) -> ImageCheck:
@@ -337,8 +373,13 @@ def _refused(error: ImageError, info: ImageInfo | None, num_bytes: int, digest: 
 
 
 def _known_whole(data: bytes) -> ImageInfo | None:
-    """What it is, of an image that Pillow surely decodes; None: it has to be tried."""
+    """What it is, of an image that Pillow surely decodes; None: it has to be tried.
+
+    Raises:
+        TooManyPixelsError: a JPEG whose file is too small for its pixels.
+    """
     if header := jpeg_header(data):
+        _refuse_bomb(header.info, len(data))
         return header.info if _is_whole_jpeg(data, header) else None
     if header := png_header(data):
         return header.info if _is_whole_png(data, header) else None

@@ -132,8 +132,9 @@ def unreadable_image(sample: Sample, context: Context) -> Iterator[Finding]:
 def too_many_pixels(sample: Sample, context: Context) -> Iterator[Finding]:
     """An image has more pixels than are decoded.
 
-    More than 178,956,970 of them (Pillow's own limit), as its header says. That may be a
-    decompression bomb: a small file that fills the memory. If it is a real picture, make it
+    More than 178,956,970 of them (Pillow's own limit), as its header says; or more than 16 million,
+    and thousands for each byte of the file, more than pictures of its format can have. That may be
+    a decompression bomb: a small file that fills the memory. If it is a real picture, make it
     smaller; the model sees 16 x 336 x 336 of its pixels at most.
     """
     for pointer, path, check in _images(sample, context):
