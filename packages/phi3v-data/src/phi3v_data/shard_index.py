@@ -7,7 +7,7 @@
     entry = writer.close()                  # goes into the manifest
 
     index = IndexReader(path, entry)
-    index.row(17).sample_json, index.images(17)
+    index.sample_json(17), index.images(17)
 
 The layout is in `phi3v_data.shard_format`.
 """
@@ -137,17 +137,6 @@ class IndexWriter:
         self._batches.append((start, self._sink.tell() - start))
 
 
-class IndexRow(NamedTuple):
-    """What is needed to read a sample: its text, and where the bytes of its images are."""
-
-    sample_json: memoryview
-    shard: int
-    spans: list[tuple[int, int]]
-    """(offset, length) in bytes in the shard, an image each."""
-    hashes: list[int]
-    """xxh3-64 of each image."""
-
-
 class _Batch(NamedTuple):
     """Where the columns of a record batch start in the file, in items of their type.
 
@@ -177,6 +166,7 @@ class IndexReader:
     def __init__(self, path: Path, entry: IndexEntry) -> None:
         self._path = path
         self._entry = entry
+        self._rows_per_batch = entry.rows_per_batch
         self._batches: dict[int, _Batch] = {}
         with _open(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -196,22 +186,28 @@ class IndexReader:
         self._check(0, start)
         self._check(end, size)
 
-    def row(self, row: int) -> IndexRow:
-        """All that is needed to read a sample."""
-        number, k = divmod(row, self._entry.rows_per_batch)
-        batch = self._batches.get(number) or self._load(number)
-        u64, u32 = self._u64, self._u32
-        at = batch.sample_bounds + k
-        text = batch.sample_text
-        json = self._view[text + u64[at] : text + u64[at + 1]]
-        at = batch.bounds + k
-        start, end = u32[at], u32[at + 1]
+    def spans(self, row: int) -> tuple[int, list[tuple[int, int]]]:
+        """The shard of a row, and (offset, length) in bytes of each of its images there."""
+        # Unpacked and without calls: reading a row is to cost little beside hashing its images.
+        per_batch = self._rows_per_batch
+        batch = self._batches.get(row // per_batch) or self._load(row // per_batch)
+        _, _, _, _, shard, bounds, offset, length, _, _, _ = batch
+        row %= per_batch
+        u32, u64 = self._u32, self._u64
+        start, end = u32[bounds + row], u32[bounds + row + 1]
         if start == end:
-            return IndexRow(json, u32[batch.shard + k], [], [])
-        offsets = u64[batch.offset + start : batch.offset + end]
-        lengths = u64[batch.length + start : batch.length + end]
-        hashes = u64[batch.xxh3_64 + start : batch.xxh3_64 + end].tolist()
-        return IndexRow(json, u32[batch.shard + k], list(zip(offsets, lengths)), hashes)  # noqa: B905  # as long as each other, and this is the hot path
+            return u32[shard + row], []
+        offsets = u64[offset + start : offset + end].tolist()
+        lengths = u64[length + start : length + end].tolist()
+        return u32[shard + row], list(zip(offsets, lengths))  # noqa: B905
+
+    def hashes(self, row: int) -> list[int]:
+        """The xxh3-64 of each image of a row."""
+        batch, k = self._locate(row)
+        start, end = self._u32[batch.bounds + k], self._u32[batch.bounds + k + 1]
+        if start == end:
+            return []
+        return self._u64[batch.xxh3_64 + start : batch.xxh3_64 + end].tolist()
 
     def sample_json(self, row: int) -> bytes:
         """The sample of a row as a line of JSONL."""
@@ -255,7 +251,7 @@ class IndexReader:
         self._check(0, self._entry.num_bytes)
 
     def _locate(self, row: int) -> tuple[_Batch, int]:
-        number, k = divmod(row, self._entry.rows_per_batch)
+        number, k = divmod(row, self._rows_per_batch)
         return self._batches.get(number) or self._load(number), k
 
     def _load(self, number: int) -> _Batch:

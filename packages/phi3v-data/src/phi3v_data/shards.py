@@ -22,8 +22,8 @@ from types import MappingProxyType
 from typing import Literal, overload
 
 import numpy as np
-import xxhash
 from pydantic import ValidationError
+from xxhash import xxh3_64_intdigest
 
 from phi3v_data.schema import Sample
 from phi3v_data.shard_format import (
@@ -34,7 +34,7 @@ from phi3v_data.shard_format import (
     parse_manifest,
     read_manifest,
 )
-from phi3v_data.shard_index import IndexReader, IndexRow
+from phi3v_data.shard_index import IndexReader
 from phi3v_data.shard_store import LocalStore, ShardStore, open_store
 
 __all__ = ["Record", "ShardError", "ShardReader", "Verify", "open_shards"]
@@ -48,21 +48,25 @@ _SAMPLED_ROWS = 16
 class Record:
     """A sample with its images."""
 
-    __slots__ = ("_json", "_name", "_sample", "images")
+    __slots__ = ("_reader", "_row", "_sample", "images")
 
-    def __init__(self, json: memoryview, images: tuple[memoryview, ...], name: str) -> None:
+    def __init__(self, reader: "ShardReader", row: int, images: tuple[memoryview, ...]) -> None:
         self.images = images
         """Encoded bytes of the images of all turns, in reading order: views of the mapped file, or
         of what was fetched."""
-        self._json = json
-        self._name = name
+        self._reader = reader
+        self._row = row
         self._sample: Sample | None = None
 
     @property
     def sample(self) -> Sample:
-        """The sample; read from its JSON when first asked for."""
+        """The sample; its text is read when first asked for.
+
+        Raises:
+            ShardError: the index is damaged.
+        """
         if self._sample is None:
-            self._sample = _read_sample(self._json, self._name)
+            self._sample = self._reader.sample(self._row)
         return self._sample
 
     def __repr__(self) -> str:
@@ -163,7 +167,13 @@ class ShardReader:
             ShardError: the index is damaged.
         """
         row = self._row(i)
-        return _read_sample(self._index.row(row).sample_json, self._name(row))
+        try:
+            return Sample.from_json(self._index.sample_json(row))
+        except ValidationError as error:
+            raise ShardError(
+                f"{self.store.name}: row {row}: its text is not a sample: "
+                f"{error.errors()[0]['msg']}"
+            ) from None
 
     def image_sizes_wh(self, i: int) -> tuple[tuple[int, int], ...]:
         """(width, height) in pixels of each image, upright, from the index."""
@@ -172,12 +182,12 @@ class ShardReader:
 
     def image_bytes(self, i: int) -> int:
         """Encoded size of all images of a sample, from the index."""
-        return sum(length for _, length in self._index.row(self._row(i)).spans)
+        return sum(length for _, length in self._index.spans(self._row(i))[1])
 
     def image_spans(self, i: int) -> tuple[ShardEntry, list[tuple[int, int]]]:
         """The shard of a sample, and (offset, length) of each image there: for a store's plan."""
-        found = self._index.row(self._row(i))
-        return self._shards[found.shard], found.spans
+        shard, spans = self._index.spans(self._row(i))
+        return self._shards[shard], spans
 
     def shard_name(self, i: int) -> str:
         """The file that holds the images of a sample."""
@@ -193,26 +203,24 @@ class ShardReader:
             raise IndexError(f"sample {i}: {self.store.name} holds {self._count}")
         return row
 
-    def _name(self, row: int) -> str:
-        return f"{self.store.name}: row {row}"
-
     def _record(self, row: int) -> Record:
-        found = self._index.row(row)
-        if not found.spans:
-            return Record(found.sample_json, (), self.store.name)
-        images = self.store.ranges(self._shards[found.shard], found.spans)
+        shard, spans = self._index.spans(row)
+        if not spans:
+            return Record(self, row, ())
+        images = self.store.ranges(self._shards[shard], spans)
         if not self._is_verified[row]:
             if self._verify == "full" or (self._verify == "sampled" and row % _SAMPLED_ROWS == 0):
-                self._check(row, found, images)
+                self._check(row, images)
             self._is_verified[row] = 1
-        return Record(found.sample_json, tuple(images), self.store.name)
+        return Record(self, row, tuple(images))
 
-    def _check(self, row: int, found: IndexRow, images: list[memoryview]) -> None:
-        for k, xxh3_64 in enumerate(found.hashes):
-            if xxhash.xxh3_64_intdigest(images[k]) != xxh3_64:
-                sample = _read_sample(found.sample_json, self._name(row))
+    def _check(self, row: int, images: list[memoryview]) -> None:
+        for image, xxh3_64 in zip(images, self._index.hashes(row), strict=True):
+            if xxh3_64_intdigest(image) != xxh3_64:
+                k = next(k for k, other in enumerate(images) if other is image)
+                sample = self.sample(row)
                 raise ShardError(
-                    f"{self.store.name}/{self._shards[found.shard].name}: row {row}, sample "
+                    f"{self.store.name}/{self.shard_name(row)}: row {row}, sample "
                     f"{sample.id!r}, image {k + 1} ({sample.images[k]}): its bytes are damaged"
                 )
 
@@ -240,10 +248,3 @@ def _reopen(store: ShardStore, fingerprint: str, verify: Verify) -> ShardReader:
     if reader.fingerprint != fingerprint:
         raise ShardError(f"{store.name}: was replaced by other data after it was opened")
     return reader
-
-
-def _read_sample(json: memoryview, name: str) -> Sample:
-    try:
-        return Sample.from_json(bytes(json))
-    except ValidationError as error:
-        raise ShardError(f"{name}: its text is not a sample: {error.errors()[0]['msg']}") from None
