@@ -10,16 +10,27 @@ whoever has all blocks puts together (`phi3v_data.rules.across`).
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from pydantic import ValidationError
 
 from phi3v_data.block_facts import BlockFacts, gather
-from phi3v_data.diagnostics import Diagnostic
+from phi3v_data.diagnostics import Diagnostic, Severity
+from phi3v_data.json_line import num_repeated_keys
 from phi3v_data.quick_scan import scan_block
-from phi3v_data.rules.parse import UnfinishedLine
+from phi3v_data.rules import RULES
+from phi3v_data.rules.parse import (
+    UnfinishedLine,
+    errors_of,
+    is_no_json,
+    is_plainly_not_json,
+    may_object,
+)
 from phi3v_data.rules.rule import Context, Finding, Line, Rule
 from phi3v_data.rules.text import LONG_SAMPLE_CHARS
 from phi3v_data.schema import Sample
+
+_OUR_CODES = frozenset(rule.code for rule in RULES)
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,30 @@ class Options:
     """Whether there are rules that the quick scan does not stand for."""
 
     max_per_rule: int
-    """Findings of one rule kept of a block; the rest is counted."""
+    """Findings of one rule that get words in a process; the rest is counted."""
+
+    run: str
+    """Names the validation: what a process has found in it so far."""
+
+    @cached_property
+    def severity_of(self) -> dict[str, Severity]:
+        """Code of each of `rules` → its severity."""
+        return {rule.code: rule.severity for rule in self.rules}
+
+    def rules_without(self, letters: str) -> tuple[Rule, ...]:
+        """`rules` without those of ours whose codes begin with one of some letters."""
+        rules = self._without.get(letters)
+        if rules is None:
+            rules = self._without[letters] = tuple(
+                rule
+                for rule in self.rules
+                if rule.code[0] not in letters or rule.code not in _OUR_CODES
+            )
+        return rules
+
+    @cached_property
+    def _without(self) -> dict[str, tuple[Rule, ...]]:
+        return {}
 
 
 @dataclass
@@ -151,23 +185,50 @@ def _check_line(
         allow_missing_answer=options.allow_missing_answer,
         num_crops=options.num_crops,
     )
-    subjects: dict[str, Line | Sample | None] = {
-        "line": (UnfinishedLine if is_last else Line)(line, context.line_number, error),
-        "sample": sample,
-    }
-    is_valid = sample is not None
-    for rule in options.rules:
-        subject = subjects[rule.subject]
-        if subject is None:
+    subject = (UnfinishedLine if is_last else Line)(line, context.line_number, error)
+    tally, most = _tally(options.run), options.max_per_rule
+    # Where there are enough findings to show, no words are needed: counting is a lot faster.
+    if "P101" in options.severity_of and tally["P101"] >= most and is_plainly_not_json(subject):
+        result.counts["P101"] += 1
+        result.invalid.append(number)
+        return None
+    is_counted_error = False
+    skipped = "" if may_object(subject) else "P"
+    if error is None and not skipped and "P104" in options.severity_of and tally["P104"] >= most:
+        result.counts["P104"] += num_repeated_keys(line)
+        is_counted_error = options.severity_of["P104"] == "error"
+        skipped = "P"
+    if error is None or is_no_json(error):
+        skipped += "S"
+    is_valid = sample is not None and not is_counted_error
+    for rule in options.rules_without(skipped):
+        of_rule = subject if rule.subject == "line" else sample
+        if of_rule is None:
             continue
-        for finding in rule.check(subject, context):
+        for finding in rule.check(of_rule, context):
             is_valid = is_valid and rule.severity != "error"
             result.counts[rule.code] += 1
-            if result.counts[rule.code] <= options.max_per_rule:
+            if tally[rule.code] < most:
+                tally[rule.code] += 1
                 result.findings.append((number, diagnostic(rule, finding, context, sample)))
     if not is_valid:
         result.invalid.append(number)
     return sample
+
+
+_tallies: dict[str, Counter[str]] = {}
+
+
+def _tally(run: str) -> Counter[str]:
+    """Of a run: code → findings with words that this process has made.
+
+    A process gets blocks in the order of the files: what comes after so many is never among the
+    first so many of all.
+    """
+    if run not in _tallies:
+        _tallies.clear()
+        _tallies[run] = Counter()
+    return _tallies[run]
 
 
 def parse(line: bytes) -> tuple[Sample | None, ValidationError | None]:
@@ -186,7 +247,7 @@ def _forget_frames(error: ValidationError) -> None:
     to Python's garbage collector: block after block would stay in memory.
     """
     error.__traceback__ = None
-    for found in error.errors(include_url=False, include_input=False):
+    for found in errors_of(error):
         raised: object = found.get("ctx", {}).get("error")
         if isinstance(raised, BaseException):
             raised.__traceback__ = None

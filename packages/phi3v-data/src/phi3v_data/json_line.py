@@ -89,6 +89,11 @@ def parse_json(line: bytes) -> ParsedJson | JsonProblem:
         return JsonProblem(
             "not_utf8", f"not UTF-8: byte 0x{line[error.start]:02X}", start, start + 1
         )
+    return read_fast(text) or read_closely(text)
+
+
+def read_closely(text: str) -> ParsedJson | JsonProblem:
+    """Read a text with the scanner below: slowly, and knowing where everything is."""
     scanner = _Scanner(text, None)
     try:
         value = scanner.scan()
@@ -97,20 +102,47 @@ def parse_json(line: bytes) -> ParsedJson | JsonProblem:
     return ParsedJson(value, tuple(scanner.repeated))
 
 
-def has_repeated_keys(line: bytes) -> bool:
-    """Whether an object in a line of JSON has a key twice; at the speed of Python's C reader.
+class _Doubt(ValueError):
+    """Something that only the scanner can tell of."""
+
+
+def read_fast(text: str) -> ParsedJson | None:
+    """Read a text with Python's C reader, twenty times faster; None where the scanner has to."""
+    if text.count("[") + text.count("{") > MAX_DEPTH or "\\ud" in text or "\\uD" in text:
+        return None
+    try:
+        return ParsedJson(_decode_good(text))
+    except ValueError:  # JSONDecodeError, _Doubt, a number of too many digits
+        return None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Doubt
+    return found
+
+
+def _refuse_constant(_: str) -> object:
+    raise _Doubt
+
+
+_decode_good = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant).decode
+
+
+def num_repeated_keys(line: bytes) -> int:
+    """How often an object in a line of JSON repeats a key; at the speed of Python's C reader.
 
     For lines that another parser has taken: on others it may raise ValueError.
     """
-    is_repeated = False
+    number = 0
 
     def look(pairs: list[tuple[str, object]]) -> None:
-        nonlocal is_repeated
-        if len(pairs) != len({key for key, _ in pairs}):
-            is_repeated = True
+        nonlocal number
+        number += len(pairs) - len({key for key, _ in pairs})
 
     json.loads(line, object_pairs_hook=look, parse_int=str, parse_float=str)
-    return is_repeated
+    return number
 
 
 def find_place(text: str, pointer: str) -> Place | None:

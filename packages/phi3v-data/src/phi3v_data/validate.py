@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -180,6 +181,7 @@ class _Run:
         self.ids_across_files = ids_across_files
         self.ids = RepeatLog()
         self.contents = RepeatLog()
+        self.name = uuid4().hex
         self.sizes = {file: os.path.getsize(file) for file in files}
         self.all_rules = {rule.code: rule for file in files for rule in rules[file]}
         self.takes_facts = any(rule.subject == "dataset" for rule in self.all_rules.values())
@@ -295,6 +297,7 @@ class _Run:
                     for rule in self.rules[file]
                 ),
                 max_per_rule=MAX_PER_RULE,
+                run=self.name,
             )
             blocks = [
                 Block(file, start, min(size, start + BLOCK_BYTES))

@@ -3,11 +3,22 @@
 A line has at most one of these problems: the first. Repeated keys are named in JSON that is whole.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-from phi3v_data.json_line import JsonProblem, ParsedJson, has_repeated_keys, parse_json, shorten
+from pydantic import ValidationError
+
+from phi3v_data.json_line import (
+    MAX_DEPTH,
+    JsonProblem,
+    ParsedJson,
+    num_repeated_keys,
+    parse_json,
+    shorten,
+)
 from phi3v_data.jsonl import byte_order_mark as find_byte_order_mark
 from phi3v_data.rules.rule import Context, Finding, Line
 
@@ -30,8 +41,8 @@ def not_json(line: Line, context: Context) -> Iterator[Finding]:
     if isinstance(parsed, ParsedJson):
         if not isinstance(parsed.value, dict):
             yield Finding("not a JSON object", "each line is one object: {...}", column=1)
-        elif any(e["type"] == "json_invalid" for e in line.error.errors(include_url=False)):
-            first = line.error.errors(include_url=False, include_input=False)[0]
+        elif is_no_json(line.error):
+            first = errors_of(line.error)[0]
             yield Finding(f"not JSON: {first['msg']}", "one JSON object a line", column=1)
     elif parsed.kind in ("not_json", "cut_off"):
         help = parsed.help or "one JSON object a line"
@@ -74,7 +85,7 @@ def repeated_key(line: Line, context: Context) -> Iterator[Finding]:
     JSON readers differ in which of the two values they take, and most say nothing: what you see in
     an editor is not what you train on. Leave one, or rename one.
     """
-    if not line.content.strip() or (line.error is None and not has_repeated_keys(line.content)):
+    if not line.content.strip() or (line.error is None and num_repeated_keys(line.content) == 0):
         return
     parsed = parse(line.content)
     if isinstance(parsed, ParsedJson):
@@ -142,6 +153,49 @@ def _is_cut_off(line: Line) -> bool:
         return False
     parsed = parse(line.content)
     return isinstance(parsed, JsonProblem) and parsed.kind == "cut_off"
+
+
+def may_object(line: Line) -> bool:
+    """Whether a P rule may have something to say; it has not where this is false."""
+    if not line.content.strip() or _byte_order_mark(line):
+        return True
+    if line.error is None:
+        return num_repeated_keys(line.content) > 0
+    if is_no_json(line.error):
+        return True
+    parsed = parse(line.content)
+    return (
+        isinstance(parsed, JsonProblem)
+        or not isinstance(parsed.value, dict)
+        or len(parsed.repeated_keys) > 0
+    )
+
+
+def is_no_json(error: ValidationError) -> bool:
+    """Whether a line is no sample because it is not even JSON."""
+    return errors_of(error)[0]["type"] == "json_invalid"
+
+
+def is_plainly_not_json(line: Line) -> bool:
+    """Whether a line that is no sample has P101 and nothing else, told without reading it closely.
+
+    False does not say that it has not.
+    """
+    content = line.content
+    if line.error is None or line.number == 1 or isinstance(line, UnfinishedLine):
+        return False
+    if not is_no_json(line.error) or content.count(b"[") + content.count(b"{") > MAX_DEPTH:
+        return False
+    return content.isascii() and not _NOT_FINITE.search(content) and bool(content.strip())
+
+
+_NOT_FINITE = re.compile(rb"(?i)nan|inf")
+
+
+@lru_cache(maxsize=2)
+def errors_of(error: ValidationError) -> list[Any]:
+    """Pydantic's `errors()`, made once for all rules of a line."""
+    return error.errors(include_url=False)
 
 
 @lru_cache(maxsize=2)  # every rule of a line asks for the same one

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, cast
 
+from pydantic import ValidationError
+
 from phi3v_data.json_line import ParsedJson, json_pointer, shorten
 from phi3v_data.json_place import key_span
-from phi3v_data.rules.parse import parse
+from phi3v_data.rules.parse import errors_of, is_no_json, parse
 from phi3v_data.rules.rule import Context, Finding, Line
 from phi3v_data.schema import Sample, Turn
 
@@ -96,23 +98,25 @@ def answers_differ(line: Line, context: Context) -> Iterator[Finding]:
 
 def _findings(line: Line, code: str) -> Iterator[Finding]:
     if line.error is not None:
-        yield from (finding for of, finding in _all_findings(line) if of == code)
+        for of, finding in _all_findings(line.content, line.error):
+            if of == code:
+                yield finding
 
 
 @lru_cache(maxsize=2)  # nine rules ask for the same line
-def _all_findings(line: Line) -> tuple[tuple[str, Finding], ...]:
+def _all_findings(content: bytes, problem: ValidationError) -> tuple[tuple[str, Finding], ...]:
     """(code, finding) of everything that keeps a line of JSON from being a sample."""
-    assert line.error is not None
-    parsed = parse(line.content)
+    if is_no_json(problem):
+        return ()  # P101 says so
+    errors = errors_of(problem)
+    parsed = parse(content)
     value = parsed.value if isinstance(parsed, ParsedJson) else None
     if not isinstance(value, dict):
         return ()  # a P rule says so
     sample = cast("dict[str, Any]", value)
     found: dict[str, tuple[str, Finding]] = {}
-    for error in line.error.errors(include_url=False):
+    for error in errors:
         place = error["loc"]
-        if error["type"] == "json_invalid":
-            return ()  # P101 says so
         if error["type"] == "too_short" and error["input"]:
             continue  # pydantic counts the good items only; what is wrong with the others follows
         if error["type"] == "value_error" and not place:
@@ -122,8 +126,7 @@ def _all_findings(line: Line) -> tuple[tuple[str, Finding], ...]:
         pointer = json_pointer(place)
         if pointer not in found:
             code, message, help = _explain(cast("dict[str, Any]", error), place)
-            span = key_span(line.content, pointer) if code == "S103" else None
-            column = span[0] + 1 if span else None
+            column = _column_of_key(content, pointer, str(place[-1])) if code == "S103" else None
             found[pointer] = code, Finding(message, help, pointer, column)
     for position in _unanswered(sample):
         pointer = json_pointer(("conversations", position))
@@ -134,9 +137,17 @@ def _all_findings(line: Line) -> tuple[tuple[str, Finding], ...]:
         )
         found.setdefault(pointer + "/assistant", ("S106", finding))
     if not found:
-        first = line.error.errors(include_url=False)[0]
-        found[""] = "S101", Finding(first["msg"].removeprefix("Value error, "))
+        found[""] = "S101", Finding(errors[0]["msg"].removeprefix("Value error, "))
     return tuple(found.values())
+
+
+def _column_of_key(content: bytes, pointer: str, key: str) -> int | None:
+    """Where a key stands, from 1."""
+    written = f'"{key}"'.encode("utf-8", "surrogatepass")
+    if b"\\" not in content and content.count(written) == 1:
+        return len(content[: content.index(written)].decode("utf-8", "replace")) + 1
+    span = key_span(content, pointer)
+    return span[0] + 1 if span else None
 
 
 def _unanswered(sample: dict[str, Any]) -> Iterator[int]:
@@ -197,6 +208,9 @@ def _explain(error: dict[str, Any], place: Place) -> tuple[str, str, str]:
     return "S101", f"{label}: {error['msg']}", ""
 
 
+@lru_cache(
+    maxsize=256
+)  # the same slip of the pen is in many lines; looking for a near name is slow
 def _unknown_key(name: str, record: type[Sample | Turn]) -> tuple[str, str]:
     """(message, help) of a key that is not one of `record`'s."""
     known, shown = list(record.model_fields), shorten(name)
