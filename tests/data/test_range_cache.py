@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from phi3v_data.cache_place import DEFAULT_LIMIT_BYTES, cache_folder, cache_limit
 from phi3v_data.coalesced_spans import coalesce
-from phi3v_data.locked_file import try_lock
 from phi3v_data.range_cache import Part, RangeCache, Refusal, piece_key
 
 PIECE = 4096 * 4 - 8
@@ -249,7 +248,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate(timeout=30)
 
 
@@ -316,24 +315,24 @@ print('done')
     assert not list((tmp_path / "parts").iterdir())
 
 
-def test_a_child_of_a_fork_holds_no_lock_of_its_parent(tmp_path: Path) -> None:
-    lock = try_lock(tmp_path / "file")
-    assert lock is not None
-    assert try_lock(tmp_path / "file") is None
-    (reading, writing), (waiting, ending) = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(ending)
-        os.write(writing, b"up")
-        os.read(waiting, 1)
-        os._exit(0)
+def test_a_child_of_a_fork_holds_no_lock_of_its_parent(
+    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    code = """
+part = cache.begin(key_of(1), PIECE)
+child = os.fork()
+if child == 0:
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+    process = start(code, tmp_path, 3 * ROOM)
+    child = int(line_of(process))
     try:
-        assert os.read(reading, 2) == b"up"
-        os.close(lock.fd)  # as when the parent dies
-        again = try_lock(tmp_path / "file")
-        assert again is not None, "the child still holds it"
-        again.close()
+        cache = RangeCache(tmp_path, 3 * ROOM)
+        assert cache.begin(key_of(1), PIECE) is Refusal.BUSY
+        process.kill()
+        process.wait(timeout=30)
+        assert put(cache, 1) == [1]
     finally:
-        for fd in (ending, waiting, reading, writing):
-            os.close(fd)
-        os.waitpid(child, 0)
+        os.kill(child, signal.SIGKILL)
+        kill(process)

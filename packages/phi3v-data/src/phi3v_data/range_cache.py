@@ -211,7 +211,11 @@ class RangeCache:
         return self._piece(key).exists()
 
     def begin(self, key: str, num_bytes: int) -> Part | Refusal:
-        """Begin to write a piece of that many bytes."""
+        """Begin to write a piece of that many bytes.
+
+        Raises:
+            OSError: the disk does not let it.
+        """
         return self._begin(key, self._piece(key), num_bytes + SEAL_BYTES, plan_key(key))
 
     def file(self, sha256: str) -> Path:
@@ -253,11 +257,16 @@ class RangeCache:
             if final.exists():
                 lock.remove()
                 return Refusal.BUSY
-            if not self._make_room(usage, _on_disk(size), use):
+            try:
+                is_room = self._make_room(usage, _on_disk(size), use)
+                # Its size from the start, so that whoever counts files counts it whole.
+                os.ftruncate(lock.fd, size if is_room else 0)
+            except BaseException:
+                lock.remove()
+                raise
+            if not is_room:
                 lock.remove()
                 return Refusal.NO_ROOM
-            # Its size from the start, so that whoever counts files counts it whole.
-            os.ftruncate(lock.fd, size)
         return Part(lock, final, is_sealed=use is not None)
 
     @contextmanager
@@ -336,12 +345,16 @@ class RangeCache:
         return True
 
     def _listing(self) -> Iterator[_Entry]:
+        seen: set[int] = set()  # a part may become a piece meanwhile: one file still
         folders = [self.folder / "parts", self.folder / "files"]
         folders += [Path(entry.path) for entry in os.scandir(self.folder / "pieces")]
         for folder in folders:
             for entry in os.scandir(folder):
                 with suppress(FileNotFoundError):  # renamed, or found damaged, just now
                     status = entry.stat(follow_symlinks=False)
+                    if status.st_ino in seen:
+                        continue
+                    seen.add(status.st_ino)
                     yield _Entry(Path(entry.path), _on_disk(status.st_size), status.st_mtime_ns)
 
 

@@ -69,7 +69,8 @@ class StoreSettings:
     shards. An index is kept whatever the limit, since nothing can be read without it."""
 
     prefetch_bytes: int = PREFETCH_BYTES
-    """Fetched ahead of the reader at most, a process; never more than half of the cache."""
+    """Fetched ahead of the reader at most, a process; never more than an eighth of the cache
+    (or one piece): what is fetched ahead is room that what was read cannot have."""
 
     retries: RetryPolicy = _RETRIES
 
@@ -202,7 +203,7 @@ class _Reader:
         cache = fetcher.cache()
         with self._lock:
             if self._prefetcher is None:
-                ahead = min(fetcher.settings.prefetch_bytes, cache.limit_bytes // 2)
+                ahead = min(fetcher.settings.prefetch_bytes, cache.limit_bytes // 8)
                 self._prefetcher = Prefetcher(fetcher.fetch_ahead, cache.publish, ahead)
                 # The threads know nothing of this object, so that it can be forgotten unclosed.
                 weakref.finalize(self, _stop, self._prefetcher, fetcher)
@@ -277,7 +278,7 @@ class _Fetcher:
         cache = self.cache()
         given_up = time.monotonic() + WAIT_FOR_OTHERS_S
         while (content := cache.read(piece.key)) is None:
-            part = cache.begin(piece.key, piece.length)
+            part = self._begin(piece)
             if part is Refusal.BUSY and time.monotonic() < given_up:
                 time.sleep(0.002)
                 continue
@@ -293,22 +294,25 @@ class _Fetcher:
         """A whole shard as a map; None where the cache has no room for it."""
         cache = self.cache()
         while (shard := cache.map(piece.key)) is None:
-            part = cache.begin(piece.key, piece.length)
+            part = self._begin(piece)
             if part is Refusal.BUSY:
                 time.sleep(0.01)
             elif part is Refusal.NO_ROOM:
                 return None
             else:
-                with part:
-                    self._download(piece, part)
+                try:
+                    with part:
+                        self._download(piece, part)
+                except OSError as error:
+                    self._warn(error)
+                    return None
         return shard
 
     def fetch_ahead(self, piece: PlannedPiece) -> bool:
         """Bring a piece into the cache, unless another is at it; false where it has no room."""
-        cache = self.cache()
-        if cache.has(piece.key):
+        if self.cache().has(piece.key):
             return True
-        part = cache.begin(piece.key, piece.length)
+        part = self._begin(piece)
         if isinstance(part, Refusal):
             return part is Refusal.BUSY
         with part:
@@ -368,19 +372,33 @@ class _Fetcher:
         except FileNotFoundError:
             raise ShardError(f"{what}: missing, but the manifest names it") from None
 
+    def _begin(self, piece: PlannedPiece) -> Part | Refusal:
+        """As the cache's; a disk that cannot be written has no room."""
+        try:
+            return self.cache().begin(piece.key, piece.length)
+        except OSError as error:
+            self._warn(error)
+            return Refusal.NO_ROOM
+
     def _keep(self, part: Part, content: bytes) -> None:
         """Write a piece whose bytes are in hand: where the disk fails, they are still of use."""
         try:
             part.write(content)
             part.commit()
         except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                _log.warning(
-                    "%s: going on without keeping what is read: the cache cannot be written: %s",
-                    self._address,
-                    error,
-                )
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        """Once a process: every row would meet it."""
+        if not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "%s: what is read is not kept, and read anew each time: the cache %s cannot be "
+                "written: %s",
+                self._address,
+                self.cache().folder,
+                error,
+            )
 
     def _store(self) -> tuple[Any, str]:
         with self._lock:

@@ -45,6 +45,8 @@ _PASSING_ERRNOS = frozenset(
 _PASSING_CLASSES = frozenset(
     {
         "HTTPClientError",  # botocore: connections and their time-outs
+        "ConnectionError",  # botocore has one of its own; and Python's
+        "FlexibleChecksumError",  # botocore: half a body, or one that changed on its way
         "IncompleteReadError",  # botocore, azure
         "ResponseParserError",  # botocore: half an answer
         "ClientConnectionError",  # aiohttp
@@ -131,14 +133,15 @@ def retry(
 
 def is_worth_retrying(error: BaseException) -> bool:
     """Whether the same request may well be answered in a moment."""
+    # First, since aiohttp calls a body that ends too soon a 400, under an error of its connection.
+    if any(base.__name__ in _PASSING_CLASSES for base in type(error).__mro__):
+        return True
     status = _http_status(error)
     if status is not None:
         return status in _PASSING_STATUSES or status >= 500
     if isinstance(error, _LASTING) or is_machine_trouble(error):
         return False
-    if isinstance(error, (TimeoutError, ConnectionError, EOFError)):
-        return True
-    if any(base.__name__ in _PASSING_CLASSES for base in type(error).__mro__):
+    if isinstance(error, (TimeoutError, EOFError)):
         return True
     if isinstance(error, OSError):
         # Negative ones are of name resolution; those without are of requests, and of whoever
@@ -168,7 +171,8 @@ def _http_status(error: BaseException | None) -> int | None:
 
 
 def _reason(error: BaseException) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    reason = " ".join(said.split()) or type(error).__name__
     if isinstance(error, PermissionError) or "redential" in reason:
         return f"no access, check the credentials ({reason})"
     return reason
