@@ -164,6 +164,15 @@ class DataConfig(_Section):
     train: TrainSources
     """Shard directory to train on, made by `phi3v-data shard`; or a list of them."""
 
+    temperature: Positive = 1.0
+    """Of several sources: shares are weights (or sizes) to the power of 1 / temperature."""
+
+    epoch_size: Count | None = None
+    """Samples in an epoch of several sources; none: as many as there are."""
+
+    shuffle_window_mib: Count | None = None
+    """Mix samples only with those of shards so near in the epoch's order; none: all with all."""
+
     eval: Place | None = None
     """Shard directory to evaluate on; none: no evaluation."""
 
@@ -222,6 +231,9 @@ class RunConfig(_Section):
 
     global_batch_size: Count = 16
     """Samples per optimizer step, over all devices together."""
+
+    global_batch_unit: Literal["samples", "label_tokens"] = "samples"
+    """What `global_batch_size` counts; with label tokens a step ends where it reaches them."""
 
     log_every: Count = 10
     """Steps between two log lines."""

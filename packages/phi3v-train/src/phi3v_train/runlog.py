@@ -40,7 +40,7 @@ class Interval:
     tokens: int = 0
     images: int = 0
     wait_seconds: float = 0.0
-    """Time the main process waited for data."""
+    """Time the trainer waited for its rows, the mean over the ranks."""
     started: float = 0.0
 
     def add(self, *, loss: float, label_tokens: int, tokens: int, images: int, wait: float) -> None:
@@ -69,7 +69,8 @@ class Line:
     tokens_per_second: float
     images_per_second: float
     data_wait: float
-    """Share of the interval's time spent waiting for data; 0 to 1."""
+    """Share of the interval's time that the trainer waited for its rows, the mean over the ranks;
+    0 to 1. More workers lower it, where there are cores for them."""
     memory_gib: float | None
     """Peak on the device so far; None on a CPU."""
     seconds: float

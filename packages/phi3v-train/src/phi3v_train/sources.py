@@ -46,6 +46,17 @@ class Sources:
         return ", ".join(os.fspath(source.path) for source in self.sources)
 
     @property
+    def sizes(self) -> list[int]:
+        """Samples of each."""
+        return [len(reader) for reader in self.readers]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Of each; None where an epoch holds every sample once."""
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        return weights if weights else None
+
+    @property
     def fingerprint(self) -> str:
         """Names the data: of one directory its own, of several all of them with their weights."""
         if len(self.readers) == 1:
@@ -84,8 +95,14 @@ def open_sources(sources: Sequence[Source]) -> Sources:
     """Open them all.
 
     Raises:
-        ValueError: one is not a shard directory, or there is none.
+        ValueError: one is not a shard directory, there is none, or only some have a weight.
     """
     if not sources:
         raise ValueError("expected at least one shard directory, got none")
+    without = [os.fspath(source.path) for source in sources if source.weight is None]
+    if 0 < len(without) < len(sources):
+        raise ValueError(
+            f"{', '.join(without)} has no weight and others have one; give every source a weight, "
+            "or none of them"
+        )
     return Sources(sources, [open_shards(source.path) for source in sources])

@@ -23,9 +23,18 @@ from phi3v_data.shards import ShardReader
 
 from phi3v_train.chat import ChatEncoder
 from phi3v_train.collator import Batch, EncodedSample, SampleEncoder, collate, dummy_sample
+from phi3v_train.epoch_order import Shards
 from phi3v_train.hd_transform import Resize
 from phi3v_train.image_lengths import image_lengths
-from phi3v_train.plan import EpochPlan, PlanSettings, Row, plan_epoch, split_overlong
+from phi3v_train.mixture import mixture_samples
+from phi3v_train.plan import (
+    BatchUnit,
+    EpochPlan,
+    PlanSettings,
+    Row,
+    plan_epoch,
+    split_overlong,
+)
 from phi3v_train.row_workers import Request, rows_ahead
 from phi3v_train.shared_rows import row_bytes
 from phi3v_train.sources import Source, Sources, open_sources
@@ -51,6 +60,14 @@ class StreamSettings:
     """`error` or `drop`: what becomes of samples longer than a row."""
     resize: Resize = "exact"
     """How images are resized; see `phi3v_train.hd_transform`."""
+    global_batch_unit: BatchUnit = "samples"
+    """What `global_batch_size` counts: `samples` or `label_tokens`."""
+    temperature: float = 1.0
+    """Of a mixture; see `phi3v_train.mixture`."""
+    epoch_size: int | None = None
+    """Samples in an epoch of a mixture; none: as many as there are."""
+    window_bytes: int = 0
+    """Samples are mixed with those of shards so near in the epoch's order; 0: all with all."""
     rank: int = 0
     world_size: int = 1
     num_workers: int = 0
@@ -175,13 +192,33 @@ class TrainStream:
     def identity(self) -> PlanSettings:
         """What a position in this stream is a position of."""
         return PlanSettings(
-            dataset_fingerprint=self.sources.fingerprint,
+            dataset_fingerprint=self._fingerprint(),
             tokenizer_hash=self.encoder.chat.fingerprint,
             num_crops=self.settings.num_crops,
             max_tokens_per_row=self.settings.max_tokens_per_row,
             seed=self.settings.seed,
             global_batch_size=self.settings.global_batch_size,
             resize=self.settings.resize,
+            global_batch_unit=self.settings.global_batch_unit,
+            window_bytes=self.settings.window_bytes,
+        )
+
+    def _fingerprint(self) -> str:
+        """Of all data and how it is mixed."""
+        parts = [self.sources.fingerprint]
+        if self.is_mixture and self.settings.temperature != 1:
+            parts.append(f"temperature {self.settings.temperature:g}")
+        if self.is_mixture and self.settings.epoch_size is not None:
+            parts.append(f"{self.settings.epoch_size} samples an epoch")
+        return "; ".join(parts)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether an epoch holds something else than every sample once."""
+        return (
+            self.sources.weights is not None
+            or self.settings.temperature != 1
+            or self.settings.epoch_size is not None
         )
 
     @property
@@ -225,10 +262,44 @@ class TrainStream:
                 global_batch_size=self.settings.global_batch_size,
                 world_size=self.settings.world_size,
                 max_tokens_per_row=self.settings.max_tokens_per_row,
-                samples=self._samples,
+                samples=self._samples_of(epoch),
+                global_batch_unit=self.settings.global_batch_unit,
+                num_label_tokens=self.measures.num_label_tokens,
+                num_images=self.measures.num_images,
+                shards=self._shards,
             )
             self._plans = {epoch: plan}
         return self._plans[epoch]
+
+    def _samples_of(self, epoch: int) -> NDArray[np.int64]:
+        if not self.is_mixture:
+            return self._samples
+        return mixture_samples(
+            self.sources.sizes,
+            seed=self.settings.seed,
+            epoch=epoch,
+            weights=self.sources.weights,
+            temperature=self.settings.temperature,
+            epoch_size=self.settings.epoch_size,
+            usable=self._samples,
+        )
+
+    @cached_property
+    def _shards(self) -> Shards | None:
+        if not self.settings.window_bytes:
+            return None
+        entries = [entry for reader in self.sources.readers for entry in reader.manifest.shards]
+        return Shards(
+            sizes=[entry.num_samples for entry in entries],
+            num_bytes=[entry.num_bytes for entry in entries],
+            window_bytes=self.settings.window_bytes,
+        )
+
+    def samples_by_source(self, epoch: int) -> list[int]:
+        """Visits of samples of each source in an epoch."""
+        starts = np.array(self.sources.starts)
+        sources = np.searchsorted(starts, self.plan(epoch).order, side="right") - 1
+        return np.bincount(sources, minlength=len(self.sources.readers)).tolist()
 
     def rows_of_step(self, step: int) -> tuple[Row, ...]:
         """The rows this rank runs in a step, counted from the start of the run."""

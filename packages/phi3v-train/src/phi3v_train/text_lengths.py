@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,8 @@ def text_lengths(
                 counts = np.concatenate([_NOTHING, *chunks], axis=1)
                 if is_writable:
                     body = counts.astype("<i4").tobytes()
-                    write_atomic(path, xxhash.xxh3_64_digest(body) + body)
+                    with suppress(OSError):  # a full disk is no reason not to train
+                        write_atomic(path, xxhash.xxh3_64_digest(body) + body)
     if on_progress is not None:
         on_progress(len(reader))
     return TextCounts(counts[0], counts[1])
@@ -103,7 +104,7 @@ def _key(reader: ShardReader, chat: ChatEncoder) -> str:
 def _stored(path: Path, count: int) -> NDArray[np.int64] | None:
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except OSError:  # none yet, or none that can be read
         return None
     head, body = content[:_HASH_BYTES], content[_HASH_BYTES:]
     if xxhash.xxh3_64_digest(body) != head or len(body) != 2 * count * 4:

@@ -22,7 +22,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,8 +205,9 @@ def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) 
             norm = engine.step(optimizer, parameters, config.optim.max_grad_norm)
             done = step + 1
 
-            loss, tokens, images, stop = world.sum(
+            loss, waits, tokens, images, stop = world.sum(
                 loss,
+                waited,
                 sum(len(row.input_ids) for row in rows),
                 sum(len(row.crop_grid) for row in rows),
                 int(interrupts.signal or 0),
@@ -217,7 +218,7 @@ def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) 
                 label_tokens=int(label_tokens),
                 tokens=int(tokens),
                 images=int(images),
-                wait=waited,
+                wait=waits / world.world_size,
             )
             log.advance(done, loss)
             if done % config.train.log_every == 0 or done == num_steps:
@@ -318,6 +319,10 @@ def _open_stream(config: TrainConfig, world: World) -> TrainStream:
         seed=config.seed,
         overlong=config.data.overlong,
         resize=config.data.resize,
+        global_batch_unit=config.train.global_batch_unit,
+        temperature=config.data.temperature,
+        epoch_size=config.data.epoch_size,
+        window_bytes=(config.data.shuffle_window_mib or 0) << 20,
         rank=world.rank,
         world_size=world.world_size,
         num_workers=config.data.num_workers,
@@ -345,7 +350,7 @@ def _num_epochs(config: TrainConfig) -> int:
 
 
 def _num_steps(config: TrainConfig, stream: TrainStream) -> int:
-    return config.train.max_steps or stream.steps_per_epoch * config.train.num_epochs
+    return config.train.max_steps or stream.num_steps
 
 
 def _remove_outputs(output_dir: Path) -> None:
@@ -462,25 +467,57 @@ def _box(
 ) -> dict[str, str]:
     total = sum(p.numel() for p in training.model.parameters())
     trainable = sum(p.numel() for p in training.trainable.values())
-    summary = stream.plan(0).summary()
     method = config.method.name
     if method == "lora":
         method += f", rank {config.method.lora.rank}, alpha {config.method.lora.alpha}"
-    dropped = f", {len(stream.overlong)} dropped (too long)" if len(stream.overlong) else ""
     return {
         "model": f"{config.model} ({total:,} parameters)",
         "method": f"{method}, {precision}",
         "trainable": f"{trainable:,} ({trainable / total:.1%}): "
         + _trainable_by_part(training.trainable),
         "devices": f"{world.world_size} x {world.device.type}",
-        "data": f"{summary.num_samples:,} samples{dropped}, {summary.num_tokens:,} tokens, "
-        f"num_crops {config.data.num_crops}",
-        "rows": f"{summary.num_rows:,} an epoch, {summary.utilisation:.0%} of "
-        f"{config.data.max_tokens_per_row} tokens full; ranks {summary.balance:.0%} balanced",
-        "steps": f"{num_steps:,} of {config.train.global_batch_size} samples; "
-        f"{stream.steps_per_epoch:,} an epoch",
+        **_data_rows(config, stream, num_steps),
         "output": str(config.output_dir),
     }
+
+
+def _data_rows(config: TrainConfig, stream: TrainStream, num_steps: int) -> dict[str, str]:
+    """What the plan of the first epoch amounts to."""
+    summary = stream.plan(0).summary()
+    sources = stream.sources
+    rows = {
+        "data": f"{summary.num_samples:,} samples an epoch, {summary.num_tokens:,} tokens, "
+        f"{summary.num_label_tokens:,} of them learned; num_crops {config.data.num_crops}",
+    }
+    if len(sources.readers) > 1:
+        rows["sources"] = ", ".join(
+            f"{source.path} {count:,} of {size:,}"
+            for source, count, size in zip(
+                sources.sources, stream.samples_by_source(0), sources.sizes, strict=True
+            )
+        )
+    if len(stream.overlong):
+        rows["dropped"] = f"{len(stream.overlong):,} too long for a row: {stream.name_overlong()}"
+    rows["rows"] = (
+        f"{summary.num_rows:,} an epoch, {summary.utilisation:.0%} of "
+        f"{config.data.max_tokens_per_row} tokens full; {summary.num_empty_rows:,} empty ones"
+    )
+    rows["balance"] = (
+        f"{summary.balance:.1%}; tokens by rank {_spread(summary.tokens_per_rank)}, "
+        f"crops {_spread(summary.crops_per_rank)}"
+    )
+    unit = config.train.global_batch_unit.replace("_", " ")
+    rows["steps"] = (
+        f"{num_steps:,} of {config.train.global_batch_size} {unit}; "
+        f"{stream.steps_per_epoch:,} an epoch"
+    )
+    return rows
+
+
+def _spread(counts: Sequence[int]) -> str:
+    """`1,200`, or `1,150 to 1,250` over the ranks."""
+    least, most = min(counts), max(counts)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def describe(config: TrainConfig, *, world_size: int = 1) -> None:
