@@ -102,7 +102,6 @@ def test_500_damaged_images_get_the_verdict_they_deserve(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_20000_damaged_images_get_the_verdict_they_deserve(tmp_path: Path):
     fuzz(20_000, 12, tmp_path)
 

@@ -18,10 +18,8 @@ from phi3v_data.image_check import (
     ImageCheck,
     check_bytes,
     check_image,
-    ignores_case,
-    names_by_lower_case,
-    path_on_disk,
 )
+from phi3v_data.image_place import ignores_case, names_by_lower_case, path_on_disk
 from phi3v_data.images import ImageError, decode_image, probe_image
 from PIL import Image
 

@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
-from phi3v_data.image_place import ImagePlaces, MisplacedImage
+from phi3v_data.image_place import ImagePlaces, MisplacedImage, find_place
 
 
 def refusal(root: Path, path: str) -> tuple[str, str]:
@@ -47,3 +47,23 @@ def test_a_root_that_is_itself_a_link_is_fine(tmp_path: Path):
     (tmp_path / "root").symlink_to(tmp_path / "real")
 
     assert ImagePlaces(tmp_path / "root").find("a.jpg").endswith("real/a.jpg")
+
+
+def test_a_place_has_the_state_of_the_file_and_its_path_without_links(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.jpg").write_bytes(b"12345")
+    (tmp_path / "folder").symlink_to("real")
+    (tmp_path / "b.jpg").symlink_to("folder/a.jpg")
+    real = os.path.realpath(tmp_path / "real" / "a.jpg")
+
+    for path in ("real/a.jpg", "folder/a.jpg", "b.jpg", "./real//a.jpg"):
+        place = find_place(str(tmp_path), path)
+        assert os.path.realpath(place.file) == place.real == real
+        assert (place.status.st_size, place.ignores_case) == (5, False)
+
+
+def test_what_the_system_refuses_is_told_from_what_is_not_there(tmp_path: Path):
+    with pytest.raises(MisplacedImage, match="cannot be read: File name too long") as caught:
+        find_place(str(tmp_path), f"{'x' * 5000}.jpg")
+
+    assert (caught.value.kind, caught.value.cause) == ("missing", "unreadable")

@@ -23,14 +23,9 @@ that were checked.
 
 import io
 import os
-import posixpath
 import re
-import stat
-import time
 import zlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -48,6 +43,8 @@ from phi3v_data.image_header import (
     read_from,
     read_header,
 )
+from phi3v_data.image_place import MisplacedImage, find_place, other_path_on_disk, unreadable
+from phi3v_data.image_place import path_problem as path_problem
 from phi3v_data.images import (
     ImageError,
     ImageInfo,
@@ -118,137 +115,19 @@ def check_image(
         cache: of this level; what it knows of an unchanged file is taken from there, and what it
             does not know is added.
     """
-    problem = path_problem(path)
-    if problem:
-        return ImageCheck("outside", problem)
     base = os.fspath(root)
-    file = f"{base}/{path}"
     try:
-        folder = _folder_of(base, file[: file.rindex("/")])
-        status = os.lstat(file)
-        if stat.S_ISLNK(status.st_mode):
-            file = os.path.realpath(file)
-            folder = _folder_of(base, os.path.dirname(file))
-            status = os.lstat(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return ImageCheck("missing", "does not exist")
-    except (OSError, UnicodeEncodeError) as error:
-        return _unreadable(error)
-    if not folder.is_inside:
-        return ImageCheck("outside", "is a link that leads out of the image root")
-    if not stat.S_ISREG(status.st_mode):  # a folder, a pipe that would block, links in a circle
-        is_circle = stat.S_ISLNK(status.st_mode)
-        return ImageCheck("missing", "does not exist" if is_circle else "is not a file")
-    if cache is None:
-        check = _check_file(file, status.st_size, level)
-    else:
-        real = f"{folder.real}/{file[file.rindex('/') + 1 :]}"
-        check = cache.get(real, status)
-        if check is None:
-            check = _check_file(file, status.st_size, level)
-            cache.put(real, status, check)
-    return _with_path_on_disk(check, base, path) if folder.ignores_case else check
-
-
-def path_problem(path: str) -> str:
-    """What is wrong with an image path before looking at any disk; empty if nothing."""
-    if not path:
-        return "is empty"
-    if "\0" in path:
-        return "holds a NUL character"
-    if "\\" in path:
-        return "holds a backslash; paths are POSIX, with /"
-    if path[0] == "/" or (path[1:2] == ":" and path[0].isalpha()):
-        return "is absolute; paths are relative to the image root"
-    if ".." in path and ".." in path.split("/"):
-        return "leaves the image root by .."
-    return ""
-
-
-# --- where it is ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    """A folder with images, looked at once for all of them."""
-
-    real: str
-    """Without links."""
-
-    is_inside: bool
-    """Whether it is under the image root."""
-
-    ignores_case: bool
-    """Whether its disk finds names in any case."""
-
-
-def _folder_of(root: str, folder: str) -> _Folder:
-    """What is known of a folder is believed for a second at most: it may become another."""
-    return _folder(root, folder, int(time.monotonic()))
-
-
-@lru_cache(maxsize=4096)
-def _folder(root: str, folder: str, tick: int) -> _Folder:
-    real, real_root = os.path.realpath(folder, strict=True), _real_root(root, tick)
-    is_inside = os.path.commonpath([real_root, real]) == real_root
-    return _Folder(real, is_inside, is_inside and ignores_case(real))
-
-
-@lru_cache(maxsize=64)
-def _real_root(root: str, tick: int) -> str:
-    return os.path.realpath(root)
-
-
-def ignores_case(folder: str) -> bool:
-    """Whether the disk finds the names of `folder` in any case, as macOS and Windows do."""
-    try:
-        with os.scandir(folder) as entries:
-            names = (entry.name for entry in entries)
-            name = next((name for name in names if name.swapcase() != name), None)
-        if name is None:
-            return False
-        other = os.path.join(folder, name.swapcase())
-        is_same = os.path.samestat(os.lstat(other), os.lstat(os.path.join(folder, name)))
-    except OSError:
-        return False
-    # Else the two are hard links to one file.
-    return is_same and name.swapcase() not in os.listdir(folder)
-
-
-def names_by_lower_case(folder: str) -> dict[str, str]:
-    """Names in `folder`, by their lower case; of two that differ in case only, the later."""
-    try:
-        return {name.lower(): name for name in sorted(os.listdir(folder))}
-    except OSError:
-        return {}
-
-
-def path_on_disk(path: str, list_names: Callable[[str], Mapping[str, str]]) -> str:
-    """`path` with every name in the case of the disk.
-
-    Args:
-        path: relative to the image root.
-        list_names: a folder, relative to the root, to what it holds: lower case -> name.
-    """
-    found = ""
-    for name in posixpath.normpath(path).split("/"):
-        found = posixpath.join(found, list_names(found).get(name.lower(), name))
-    return found
-
-
-def _with_path_on_disk(check: ImageCheck, root: str, path: str) -> ImageCheck:
-    def list_names(folder: str) -> dict[str, str]:
-        status = os.stat(os.path.join(root, folder))
-        return _names(os.path.join(root, folder), status.st_ino, status.st_mtime_ns)
-
-    found = path_on_disk(path, list_names)
-    return check if found == posixpath.normpath(path) else replace(check, path_on_disk=found)
-
-
-@lru_cache(maxsize=256)
-def _names(folder: str, inode: int, modified_ns: int) -> dict[str, str]:
-    """Listed once while the folder does not change."""
-    return names_by_lower_case(folder)
+        place = find_place(base, path)
+    except MisplacedImage as misplaced:
+        return ImageCheck(misplaced.kind, str(misplaced), cause=misplaced.cause)
+    check = None if cache is None else cache.get(place.real, place.status)
+    if check is None:
+        check = _check_file(place.file, place.status.st_size, level)
+        if cache is not None:
+            cache.put(place.real, place.status, check)
+    if place.ignores_case and (on_disk := other_path_on_disk(base, path)):
+        return replace(check, path_on_disk=on_disk)
+    return check
 
 
 # --- what it is -----------------------------------------------------------------------------------
@@ -281,9 +160,8 @@ def _check_file(file: str, size: int, level: Level) -> ImageCheck:
     return check_bytes(data, level)
 
 
-def _unreadable(error: OSError | UnicodeEncodeError) -> ImageCheck:
-    reason = (error.strerror or str(error)) if isinstance(error, OSError) else "no such name"
-    return ImageCheck("missing", f"cannot be read: {reason}", cause="unreadable")
+def _unreadable(error: OSError) -> ImageCheck:
+    return ImageCheck("missing", unreadable(error), cause="unreadable")
 
 
 def _read_whole(descriptor: int, size: int) -> bytes:

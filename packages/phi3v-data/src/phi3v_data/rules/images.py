@@ -5,7 +5,8 @@ import posixpath
 from collections.abc import Collection, Iterator
 from functools import lru_cache
 
-from phi3v_data.image_check import ImageCheck, names_by_lower_case
+from phi3v_data.image_check import ImageCheck
+from phi3v_data.image_place import names_by_lower_case
 from phi3v_data.images import formats_of_extension
 from phi3v_data.rules.across import AcrossFinding, Facts
 from phi3v_data.rules.rule import Context, Finding
