@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from phi3v_data import Sample, Turn, write_samples
 from phi3v_data.cli import main
 from phi3v_data.stats import (
-    MAX_LABELS,
+    MAX_COUNTED_LABELS,
     MAX_NAMED,
     DistinctCount,
     Distribution,
@@ -118,12 +118,14 @@ def test_no_line_stops_the_count(root: Path):
 
 def test_few_answers_are_classes_and_many_are_not(root: Path):
     write_samples("few.jsonl", [sample(str(i), answer="yes" if i % 3 else "no") for i in range(9)])
-    write_samples("many.jsonl", [sample(str(i), answer=f"{i}") for i in range(MAX_LABELS + 1)])
+    write_samples(
+        "many.jsonl", [sample(str(i), answer=f"{i}") for i in range(MAX_COUNTED_LABELS + 1)]
+    )
     few, many = collect_stats(["few.jsonl", "many.jsonl"]).files
 
     assert few.classes == {"yes": 6, "no": 3}
     assert many.classes is None
-    assert many.answers.count == MAX_LABELS + 1
+    assert many.answers.count == MAX_COUNTED_LABELS + 1
     assert collect_stats(["few.jsonl", "many.jsonl"]).total.classes is None
 
 

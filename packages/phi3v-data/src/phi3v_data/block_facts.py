@@ -19,7 +19,7 @@ import xxhash
 from phi3v_data.alike_lines import AlikeLines
 from phi3v_data.quick_sample import QuickSample
 from phi3v_data.quick_scan import Scan
-from phi3v_data.rules.across import MAX_LABEL_CHARS, MAX_LABELS, group_of
+from phi3v_data.rules.across import MAX_CLASSES, MAX_LABEL_CHARS, group_of
 from phi3v_data.schema import Sample
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -162,7 +162,7 @@ def _labels(
             num_answered += len(answers)
             for label, count in Counter(answers).items():
                 _count(found, label, count, int(group.numbers[answers.index(label)]))
-                if len(found) > MAX_LABELS:
+                if len(found) > MAX_CLASSES:
                     return None
     for number, sample in loose.items():
         num_samples += 1
@@ -176,7 +176,7 @@ def _labels(
     if not found:
         return {}
     labels = {label.decode("utf-8", "surrogatepass"): pair for label, pair in found.items()}
-    is_classes = num_answered == num_samples and len(labels) <= MAX_LABELS
+    is_classes = num_answered == num_samples and len(labels) <= MAX_CLASSES
     return labels if is_classes and max(map(len, labels)) <= MAX_LABEL_CHARS else None
 
 

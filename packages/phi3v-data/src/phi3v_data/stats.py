@@ -41,8 +41,8 @@ JSON_VERSION = 1
 MAX_DISTINCT = 262_144
 """Distinct keys counted exactly."""
 
-MAX_LABELS = 200
-"""More different answers than this are no classes."""
+MAX_COUNTED_LABELS = 200
+"""Different answers, and sources, that are counted one by one; more are free text."""
 
 MAX_NAMED = 20
 """Lines that do not parse, named; the rest is counted."""
@@ -192,7 +192,7 @@ class Stats:
     """File, line and problem of the first `MAX_NAMED` lines that do not parse."""
 
     sources: Counter[str] = field(default_factory=Counter[str])
-    """`source` → samples; at most `MAX_LABELS` of them, the rest under an empty name."""
+    """`source` → samples; at most `MAX_COUNTED_LABELS` of them, the rest under an empty name."""
 
     num_unanswered: int = 0
     """Turns without an answer."""
@@ -206,7 +206,7 @@ class Stats:
     """Characters of an answer."""
 
     labels: Counter[str] | None = field(default_factory=Counter[str])
-    """Answer → turns; None where there are more than `MAX_LABELS`."""
+    """Answer → turns; None where there are more than `MAX_COUNTED_LABELS`."""
 
     answers: DistinctCount = field(default_factory=DistinctCount)
     images: DistinctCount = field(default_factory=DistinctCount)
@@ -371,7 +371,7 @@ def _count_answer(stats: Stats, answer: str | None) -> None:
     stats.answers.add(_hash(answer))
     if stats.labels is not None:
         stats.labels[answer] += 1
-        if len(stats.labels) > MAX_LABELS:
+        if len(stats.labels) > MAX_COUNTED_LABELS:
             stats.labels = None
 
 
@@ -390,13 +390,13 @@ def _add(total: Stats, stats: Stats) -> None:
     total.answers.update(stats.answers)
     if total.labels is not None:
         total.labels.update(stats.labels or ())
-        if stats.labels is None or len(total.labels) > MAX_LABELS:
+        if stats.labels is None or len(total.labels) > MAX_COUNTED_LABELS:
             total.labels = None
 
 
 def _bounded(counter: Counter[str], name: str) -> str:
     """`name`, or the empty name once there are too many."""
-    return name if name in counter or len(counter) < MAX_LABELS else ""
+    return name if name in counter or len(counter) < MAX_COUNTED_LABELS else ""
 
 
 def _hash(text: str) -> int:
@@ -539,7 +539,7 @@ def _distribution_dict(distribution: Distribution) -> dict[str, Any]:
         "min": distribution.minimum,
         **quantiles,
         "max": distribution.maximum,
-        "counts": counts if len(counts) <= MAX_LABELS else None,
+        "counts": counts if len(counts) <= MAX_COUNTED_LABELS else None,
     }
 
 

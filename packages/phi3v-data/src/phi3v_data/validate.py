@@ -37,7 +37,7 @@ from phi3v_data.jsonl import default_image_root, read_lines
 from phi3v_data.line_set import LineSet
 from phi3v_data.repeat_log import Place, RepeatLog
 from phi3v_data.rules import RULES, Context, Line, select_rules
-from phi3v_data.rules.across import MAX_LABELS, Facts, FileFacts, Repeat, UnusedFiles
+from phi3v_data.rules.across import MAX_CLASSES, Facts, FileFacts, Repeat, UnusedFiles
 from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample
 from phi3v_data.worker_pool import num_cores, start_workers
@@ -347,7 +347,7 @@ class _Run:
         for label, (count, number) in of_block.labels.items():
             facts.labels[label] += count
             facts.first_of_label.setdefault(label, number + base)
-        if len(facts.labels) > MAX_LABELS:
+        if len(facts.labels) > MAX_CLASSES:
             facts.labels = None
 
     def _check_blanks(self) -> None:

@@ -22,8 +22,8 @@ from phi3v_data.converters.rows import show_name
 
 CARD = "dataset_card.md"
 
-MAX_LABELS = 200
-"""More different answers than this are no classes."""
+MAX_CARD_LABELS = 200
+"""A data set with more different answers has no table of classes on its card."""
 
 MAX_SHOWN = 30
 """Labels in the table; the rest is a sum."""
@@ -96,7 +96,7 @@ class CardFacts:
                 found.num_unanswered += 1
             elif found.labels is not None:
                 found.labels[turn.assistant] += 1
-                if len(found.labels) > MAX_LABELS:
+                if len(found.labels) > MAX_CARD_LABELS:
                     found.labels = None
         return images
 
@@ -180,7 +180,7 @@ def _render_labels(facts: CardFacts) -> list[str]:
     is_repeated = sum(total.values()) >= 2 * len(total)
     if not total or len(known) < sum(bool(f.num_samples) for f in facts.of.values()):
         return []
-    if not is_repeated or len(total) > MAX_LABELS:
+    if not is_repeated or len(total) > MAX_CARD_LABELS:
         return []
     ordered = sorted(total, key=lambda label: (-total[label], label))
     rows = [

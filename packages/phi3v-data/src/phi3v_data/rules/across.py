@@ -14,8 +14,8 @@ from typing import Any
 
 from phi3v_data.diagnostics import Label
 
-MAX_LABELS = 1000
-"""More different answers than this in a file are no classes."""
+MAX_CLASSES = 1000
+"""More different answers than this in a file are no classes: the rules about classes are silent."""
 
 MAX_LABEL_CHARS = 60
 """A longer answer is no class."""
