@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def sample(id: str, *images: str, answer: str = "a") -> Sample:
-    turns = (Turn(images=images, user="u", assistant=answer),)
+    turns = (Turn(images=images, user=f"u{id}", assistant=answer),)
     return Sample(id=id, source="toy", conversations=turns)
 
 
@@ -65,7 +65,7 @@ def test_an_error_exits_1_with_the_report_and_writes_nothing(root: Path):
     result = run("shard", "bad.jsonl", "--out_dir", "out")
 
     assert result.exit_code == 1
-    assert "bad.jsonl:2:79: error T101" in result.stdout
+    assert "bad.jsonl:2:80: error T101" in result.stdout
     assert "Nothing was written: repair them, or leave them out with --drop_invalid" in (
         result.stderr
     )
@@ -153,5 +153,5 @@ def test_verify_says_what_is_no_shard_directory():
     result = run("verify", "images")
 
     assert result.exit_code == 1
-    assert "images: has no manifest.json; expected a directory written by" in result.stderr
+    assert "images: has no manifest.json; expected a directory written by" in result.output
     assert run("verify", "nowhere").exit_code == 2

@@ -1,122 +1,73 @@
 # pyright: standard
-# pyarrow ships no type stubs.
+# pyarrow ships no type stubs; it enters by shard_file and shard_index.
 """Conversations files to a shard directory, whole or not at all, from samples that passed.
 
     result = write_shards(["train.jsonl"], "shards/train")
     result.manifest.num_samples      # 300
     result.report.exit_status        # 1, and nothing written, if a sample has an error
 
-Everything is written into a temporary directory beside the target, flushed, and renamed. The
-layout is in `phi3v_data.shard_format`.
+Two passes. `validate` says which lines have errors: there is one verdict, its own. The others are
+dealt to shards (`shard_plan`), which are written by several processes (`shard_file`), each image
+compared with what was validated. Finished shards survive the end of a run, and the next one goes on
+with them; the directory gets its name when all is there (`shard_directory`). What is on disk:
+`phi3v_data.shard_format`.
 """
 
-import fcntl
 import hashlib
 import json
-import mmap
+import multiprocessing
 import os
-import shutil
-import struct
-import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing.connection import wait as wait_for_sentinel
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
-from phi3v_data.atomic import TEMPORARY_MARK, sync
-from phi3v_data.checked_lines import (
-    LINE_RULES,
-    AnyPath,
-    Checked,
-    Progress,
-    ReportBuilder,
-    check,
-)
-from phi3v_data.diagnostics import Report
+from phi3v_data.diagnostics import Diagnostic, Report
+from phi3v_data.image_check import Level
 from phi3v_data.jsonl import default_image_root
-from phi3v_data.schema import Sample
+from phi3v_data.line_set import LineSet
+from phi3v_data.rejected_lines import LineRules, rejected_lines
+from phi3v_data.rules import select_rules
+from phi3v_data.rules.rule import Rule
+from phi3v_data.shard_directory import Work, existing_manifest, open_work
+from phi3v_data.shard_file import ROW_GROUP_BYTES, ShardTask, WrittenShard, kept_shard, write_shard
 from phi3v_data.shard_format import (
     FORMAT,
-    IMAGE_LEAF,
     INDEX,
     MANIFEST,
     REJECTED,
     SCHEMA_VERSION,
     VERSION,
     FileEntry,
+    IndexEntry,
     Manifest,
     Settings,
-    ShardEntry,
-    ShardError,
     SourceEntry,
     Validation,
     read_manifest,
     shard_name,
 )
-from phi3v_data.shard_index import ImagePlace, IndexReader, IndexWriter
+from phi3v_data.shard_index import IndexReader, IndexWriter
+from phi3v_data.shard_plan import ShardPlan, Source, plan_shards
+from phi3v_data.validate import validate
+from phi3v_data.worker_pool import num_cores, start_workers
+
+AnyPath = str | os.PathLike[str]
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, bytes done, bytes in all)."""
 
 SHARD_BYTES = 128 * 1024 * 1024
-ROW_GROUP_BYTES = 32 * 1024 * 1024
-ROW_GROUP_ROWS = 8192
 
-_STRINGS = pa.list_(pa.string())
-SHARD_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field(
-            "conversations",
-            pa.list_(
-                pa.struct(
-                    [
-                        pa.field("images", _STRINGS),
-                        pa.field("user", pa.string()),
-                        pa.field("assistant", pa.string()),
-                        pa.field("answers", _STRINGS),
-                    ]
-                )
-            ),
-        ),
-        pa.field(
-            "images",
-            pa.list_(pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
-        ),
-        pa.field("widths", pa.list_(pa.int32())),
-        pa.field("heights", pa.list_(pa.int32())),
-        pa.field("metadata", pa.string()),
-    ]
-)
-
-_TEXT_LEAVES = [
-    "id",
-    "source",
-    "conversations.list.element.images.list.element",
-    "conversations.list.element.user",
-    "conversations.list.element.assistant",
-    "conversations.list.element.answers.list.element",
-    "images.list.element.path",
-    "widths.list.element",
-    "heights.list.element",
-    "metadata",
-]
-
-_PARQUET_OPTIONS: dict[str, Any] = {
-    "compression": dict.fromkeys(_TEXT_LEAVES, "ZSTD") | {IMAGE_LEAF: "NONE"},
-    "use_dictionary": _TEXT_LEAVES,
-    "write_statistics": _TEXT_LEAVES,
-    "write_page_index": True,
-    "write_page_checksum": True,
-    "data_page_version": "1.0",
-    "store_schema": False,
-    # A page ends only between write batches: with the default, 1,024 images are one page.
-    "write_batch_size": 16,
-}
+WINDOW = 2
+"""Shards under way, a worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +76,7 @@ class ShardResult:
 
     out_dir: Path
     report: Report
-    """Of the validation that ran while writing; from the manifest, if `is_up_to_date`."""
+    """Of the validation, which is always run: the same as `validate` gives for these files."""
 
     manifest: Manifest | None
     """None: samples have errors, and nothing was written."""
@@ -133,17 +84,30 @@ class ShardResult:
     is_up_to_date: bool = False
     """The directory was already there, from the same input and settings; it was left alone."""
 
+    num_kept: int = 0
+    """Shards that an earlier run, which ended early, had finished."""
+
+    undroppable: tuple[Diagnostic, ...] = ()
+    """With `drop_invalid`: errors of the data set as a whole, the reason that nothing was written.
+    No line can be left out for them."""
+
 
 def write_shards(
     paths: Sequence[AnyPath],
     out_dir: AnyPath,
     *,
     images: AnyPath | None = None,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    rules_for: Callable[[str], tuple[Rule, ...]] | None = None,
+    level: Level = "deep",
+    use_cache: bool = False,
+    max_errors: int | None = None,
+    allow_missing_answer: bool = False,
+    num_crops: int = 16,
     shard_bytes: int = SHARD_BYTES,
     drop_invalid: bool = False,
     overwrite: bool = False,
-    allow_missing_answer: bool = False,
-    num_crops: int = 16,
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> ShardResult:
@@ -152,459 +116,405 @@ def write_shards(
     Args:
         paths: JSONL files, stored in this order; ids are unique among all of them.
         out_dir: the directory to make. If it is there from the same input and settings, nothing is
-            done.
+            written.
         images: the image root; by default `images/` beside each file, else its folder.
+        select: as in `validate`, like the next seven.
+        ignore: code prefixes of rules not to run.
+        rules_for: which rules run on a file, instead of `select` and `ignore`.
+        level: how closely images are looked at.
+        use_cache: believe what an earlier run found out about files that did not change.
+        max_errors: stop looking at so many errors; nothing is written then. Not with
+            `drop_invalid`, which must know all.
+        allow_missing_answer: the last turn may lack its answer (test splits).
+        num_crops: most crops an image in training.
         shard_bytes: size at which a new Parquet file is begun.
         drop_invalid: leave out samples with errors, listing them in `rejected.jsonl`, rather than
             write nothing.
         overwrite: replace a shard directory made from other input or settings.
-        allow_missing_answer: the last turn may lack its answer (test splits).
-        num_crops: see `phi3v_data.validate`.
-        num_workers: threads that decode images; by default one a core.
-        progress: called with (bytes of JSONL done, bytes in all).
+        num_workers: processes; by default one a core. Few bytes and single shards need none. The
+            bytes on disk do not depend on it.
+        progress: called with (what is being done, bytes done, bytes in all).
 
     Raises:
         ValueError: an argument is wrong: no such file or image root, no samples at all, `out_dir`
-            holds something else.
+            holds something else; or a file changed while it was read.
+        OSError: the disk refuses, or a worker process died. What is finished is kept for the next
+            run, as after Ctrl-C or `kill -9`.
     """
-    target = Path(os.path.abspath(out_dir))
-    if shard_bytes < 1:
-        raise ValueError(f"shard_bytes: expected 1 or more, got {shard_bytes}")
-    if images is not None and not os.path.isdir(images):
-        raise ValueError(f"{os.fspath(images)}: no such folder; expected the image root")
-    settings = Settings(
-        shard_bytes=shard_bytes,
-        drop_invalid=drop_invalid,
-        allow_missing_answer=allow_missing_answer,
-        num_crops=num_crops,
+    run = _Run(
+        files=_files(paths),
+        target=Path(os.path.abspath(out_dir)),
+        shown_target=os.fspath(out_dir),
+        images=_image_root(images),
+        rules_for=rules_for or _one_choice(select_rules(tuple(select), tuple(ignore))),
+        level=level,
+        settings=Settings(
+            shard_bytes=_at_least_one(shard_bytes, "shard_bytes"),
+            drop_invalid=drop_invalid,
+            allow_missing_answer=allow_missing_answer,
+            num_crops=num_crops,
+        ),
+        num_workers=num_cores() if num_workers is None else num_workers,
+        progress=progress or _say_nothing,
     )
-    checked_lines = check(
-        paths,
-        images=images,
-        allow_missing_answer=allow_missing_answer,
-        num_crops=num_crops,
-        ids_across_files=True,
-        num_workers=num_workers,
-        progress=progress,
-    )
-    files = [Path(path) for path in paths]
-    existing = _existing(target, overwrite)
-    if existing is not None and not overwrite:
-        difference = _difference(target, existing, files, images, settings)
+    existing = existing_manifest(run.target, overwrite=overwrite)
+    if existing is not None:
+        run.refuse(run.other_settings(existing))  # before hours of validation
+    with open_work(run.target) as work:
+        before = [_state(file) for file in run.files]
+        report = validate(
+            run.files,
+            images=images,
+            rules_for=run.rules_for,
+            allow_missing_answer=allow_missing_answer,
+            num_crops=num_crops,
+            level=level,
+            use_cache=use_cache,
+            max_errors=None if drop_invalid else max_errors,
+            num_workers=num_workers,
+            progress=lambda done, total: run.progress("validating", done, total),
+            ids_across_files=True,
+        )
+        if report.num_lines == 0:
+            raise ValueError(f"{', '.join(report.files)}: no samples; nothing to write")
+        if (report.num_errors and not drop_invalid) or not report.num_valid:
+            return ShardResult(run.target, report, None)
+        undroppable = _of_no_line(report, run.rules_for)
+        if undroppable:
+            return ShardResult(run.target, report, None, undroppable=undroppable)
+        plan = run.plan(report)
+        for file, state in zip(run.files, before, strict=True):
+            if _state(file) != state:
+                raise ValueError(f"{file}: changed while it was validated; run again")
+        if existing is not None:
+            run.refuse(run.difference(existing, plan, report))
+            return ShardResult(run.target, report, existing, is_up_to_date=True)
+        manifest, num_kept = run.write(work, plan, report)
+        work.publish()
+    return ShardResult(run.target, report, manifest, num_kept=num_kept)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What is to be done, its arguments checked."""
+
+    files: list[str]
+    target: Path
+    shown_target: str
+    images: str | None
+    rules_for: Callable[[str], tuple[Rule, ...]]
+    level: Level
+    settings: Settings
+    num_workers: int
+    progress: Progress
+
+    def root_of(self, file: str) -> Path:
+        """The image root of a file."""
+        return default_image_root(file) if self.images is None else Path(self.images)
+
+    def plan(self, report: Report) -> ShardPlan:
+        """Deal the lines without errors to shards."""
+        sources = [
+            Source(
+                file=file,
+                root=os.path.abspath(self.root_of(file)),
+                invalid=report.invalid_lines.get(file, LineSet()),
+                hashes=report.image_hashes.get(os.fspath(self.root_of(file)), {}),
+            )
+            for file in self.files
+        ]
+        return plan_shards(sources, self.settings.shard_bytes)
+
+    def refuse(self, difference: str) -> None:
+        """Leave the directory that is there alone, if it differs."""
         if difference:
             raise ValueError(
-                f"{os.fspath(out_dir)}: is there already, {difference}; --overwrite replaces it"
+                f"{self.shown_target}: is there already, {difference}; --overwrite replaces it"
             )
-        if existing.num_dropped == 0:
-            return ShardResult(target, _report_of(existing, files), existing, is_up_to_date=True)
-        # What was dropped could be whole by now: only writing again tells.
 
-    with _temporary_directory(target) as temporary:
-        builder = ReportBuilder(LINE_RULES)
-        writer = _DirectoryWriter(temporary, settings)
+    def other_settings(self, existing: Manifest) -> str:
+        """Which setting was different when `existing` was written; empty if none was."""
+        for name in Settings.model_fields:
+            then, now = getattr(existing.settings, name), getattr(self.settings, name)
+            if then != now:
+                return f"written with {name} {then}, not {now}"
+        return ""
+
+    def difference(self, existing: Manifest, plan: ShardPlan, report: Report) -> str:
+        """What else was different when `existing` was written; empty if nothing was."""
+        then, now = existing.validation, self._validation(report)
+        if (then.validator, then.rules, then.severities) != (
+            now.validator,
+            now.rules,
+            now.severities,
+        ):
+            return f"written with {then.validator} and its rules"
+        if then.level != now.level:
+            return f"written with level {then.level}, not {now.level}"
+        if [(s.name, s.sha256) for s in existing.sources] != [
+            (os.path.basename(s.file), s.sha256) for s in plan.sources
+        ]:
+            return "written from other conversations files"
+        if existing.sources != self._sources(plan):
+            return "written with other rules for some of its files"
+        for entry in (*existing.shards, existing.index):
+            path = self.target / entry.name
+            if not path.is_file() or path.stat().st_size != entry.num_bytes:
+                return f"and damaged: {entry.name} is not what its manifest says"
+        if existing.input == _input(plan):
+            return ""
+        if existing.num_samples != plan.num_samples or existing.num_dropped:
+            return "with other samples dropped"
+        return self._changed_image(existing, plan)
+
+    def _changed_image(self, existing: Manifest, plan: ShardPlan) -> str:
+        index = IndexReader(self.target / existing.index.name, existing.index)
+        hashes = (xxh3_64 for shard in plan.shards for xxh3_64 in shard.hashes)
+        for row in range(existing.num_samples):
+            for k, place in enumerate(index.images(row)):
+                if place.xxh3_64 != next(hashes, None):
+                    path = json.loads(index.sample_json(row))
+                    paths = [p for turn in path["conversations"] for p in turn.get("images", ())]
+                    return f"and image {paths[k]!r} has changed since"
+        return "written by other versions of phi3v-data or pyarrow"
+
+    def write(self, work: Work, plan: ShardPlan, report: Report) -> tuple[Manifest, int]:
+        """Write what is missing; the manifest, and how many shards were there already."""
+        work.keep_only({shard_name(shard.number) for shard in plan.shards})
+        tasks = [
+            ShardTask(shard, os.fspath(work.path), _versions(), ROW_GROUP_BYTES)
+            for shard in plan.shards
+        ]
+        written: dict[int, WrittenShard] = {}
+        for task in tasks:
+            if (kept := kept_shard(task)) is not None:
+                written[task.planned.number] = kept
+        num_kept = len(written)
+        missing = [task for task in tasks if task.planned.number not in written]
+        done = plan.num_bytes - sum(task.planned.num_bytes for task in missing)
+        self.progress("writing", done, plan.num_bytes)
         try:
-            for checked in checked_lines:
-                builder.add(checked)
-                writer.add(checked)
-            report = builder.report([os.fspath(path) for path in paths])
-            if report.num_lines == 0:
-                raise ValueError(f"{', '.join(report.files)}: no samples; nothing to write")
-            if not writer.is_writing or report.num_valid == 0:
-                return ShardResult(target, report, None)
-            manifest = writer.close(files, report)
-        finally:
-            writer.abort()
-        if existing is not None and not overwrite:
-            if manifest == existing:
-                return ShardResult(target, report, existing, is_up_to_date=True)
-            raise ValueError(
-                f"{os.fspath(out_dir)}: is there already, with other samples dropped; "
-                "--overwrite replaces it"
-            )
-        _publish(temporary, target)
-    return ShardResult(target, report, manifest)
+            for task, shard in _write_all(missing, self.num_workers):
+                written[task.planned.number] = shard
+                done += task.planned.num_bytes
+                self.progress("writing", done, plan.num_bytes)
+        except KeyboardInterrupt:
+            number = sum(kept_shard(task) is not None for task in missing) + num_kept
+            raise KeyboardInterrupt(
+                f"{number:,} of {len(tasks):,} shards are written and kept; the same command again "
+                "goes on with them"
+            ) from None
+        shards = [written[number] for number in range(len(tasks))]
+        manifest = self._manifest(work, plan, report, shards)
+        (work.whole / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        return read_manifest(work.whole), num_kept
 
-
-class _DirectoryWriter:
-    """Receives checked lines; stops writing at the first error unless errors are dropped."""
-
-    def __init__(self, directory: Path, settings: Settings) -> None:
-        self.is_writing = True
-        self._directory = directory
-        self._settings = settings
-        self._index = IndexWriter(directory / INDEX)
-        self._shard: _ShardWriter | None = None
-        self._shards: list[ShardEntry] = []
-        self._num_dropped = 0
-        self._image_bytes = 0
-        self._rejected = None
-        self._num_lines: dict[str, int] = {}
-
-    def add(self, checked: Checked) -> None:
-        self._num_lines[checked.file] = self._num_lines.get(checked.file, 0) + 1
-        if checked.sample is not None:
-            if self.is_writing:
-                self._write(checked)
-        elif self._settings.drop_invalid:
-            self._reject(checked)
-        else:
-            self.is_writing = False
-
-    def close(self, files: list[Path], report: Report) -> Manifest:
-        self._close_shard()
-        index = self._index.close()
-        rejected = None
-        if self._rejected is not None:
-            self._rejected.close()
-            rejected = _file_entry(self._directory / REJECTED)
-        named = [(entry.name, entry.sha256) for entry in (*self._shards, index)]
-        manifest = Manifest(
+    def _manifest(
+        self, work: Work, plan: ShardPlan, report: Report, shards: list[WrittenShard]
+    ) -> Manifest:
+        index = _write_index(work, shards)
+        num_dropped, rejected = self._write_rejected(work, report)
+        entries = tuple(shard.entry for shard in shards)
+        return Manifest(
             format=FORMAT,
             version=VERSION,
             schema_version=SCHEMA_VERSION,
-            fingerprint=hashlib.sha256(json.dumps(named).encode()).hexdigest(),
-            num_samples=sum(shard.num_samples for shard in self._shards),
-            num_images=sum(shard.num_images for shard in self._shards),
-            image_bytes=self._image_bytes,
-            num_dropped=self._num_dropped,
-            settings=self._settings,
-            validation=Validation(
-                validator=_validator(), rules=report.rules, counts=dict(report.counts)
-            ),
-            sources=tuple(
-                SourceEntry(
-                    name=path.name,
-                    sha256=_sha256(path),
-                    num_lines=self._num_lines.get(os.fspath(path), 0),
-                )
-                for path in files
-            ),
-            shards=tuple(self._shards),
+            input=_input(plan),
+            fingerprint=_fingerprint([*entries, index]),
+            num_samples=plan.num_samples,
+            num_images=sum(entry.num_images for entry in entries),
+            image_bytes=sum(shard.image_bytes for shard in shards),
+            num_dropped=num_dropped,
+            settings=self.settings,
+            validation=self._validation(report),
+            sources=self._sources(plan),
+            shards=entries,
             index=index,
             rejected=rejected,
         )
-        (self._directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        return read_manifest(self._directory)
 
-    def abort(self) -> None:
-        """Close what is open; harmless after `close`."""
-        if self._shard is not None:
-            self._shard.abort()
-        self._index.abort()
-        if self._rejected is not None:
-            self._rejected.close()
-
-    def _write(self, checked: Checked) -> None:
-        assert checked.sample is not None
-        images = [
-            _read_again(checked.image_root / path, image.xxh3_64)
-            for path, image in zip(checked.sample.images, checked.images, strict=True)
-        ]
-        num_bytes = len(checked.content) + sum(map(len, images))
-        if self._shard and self._shard.num_bytes + num_bytes > self._settings.shard_bytes:
-            self._close_shard()
-        if self._shard is None:
-            self._shard = _ShardWriter(self._directory / shard_name(len(self._shards)))
-        self._shard.add(checked, images, num_bytes)
-        self._image_bytes += sum(map(len, images))
-
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            shard, self._shard = self._shard, None
-            entry, rows = shard.close()
-            for sample, places in rows:
-                self._index.add(sample, len(self._shards), places)
-            self._shards.append(entry)
-
-    def _reject(self, checked: Checked) -> None:
-        if self._rejected is None:
-            self._rejected = open(self._directory / REJECTED, "wb")
-        self._num_dropped += 1
-        line = {
-            "file": Path(checked.file).name,
-            "line": checked.line,
-            "findings": [
-                {
-                    key: value
-                    for key, value in asdict(diagnostic).items()
-                    if key in ("code", "severity", "message", "help", "pointer", "sample_id")
-                }
-                for diagnostic in checked.diagnostics
-            ],
-            "content": checked.content.decode("utf-8", "replace"),
-        }
-        self._rejected.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-
-
-class _ShardWriter:
-    """One Parquet file; when closed, it is read again to learn where the images are."""
-
-    def __init__(self, path: Path) -> None:
-        self.num_bytes = 0
-        self._path = path
-        self._writer = pq.ParquetWriter(path, SHARD_SCHEMA, **_PARQUET_OPTIONS)
-        self._rows: list[dict[str, Any]] = []
-        self._rows_bytes = 0
-        self._samples: list[tuple[Sample, list[tuple[int, int, int, int]]]] = []
-        self._images_of_group: list[int] = []
-        self._num_images = 0
-
-    def add(self, checked: Checked, images: list[bytes], num_bytes: int) -> None:
-        sample = checked.sample
-        assert sample is not None
-        infos = [image.info for image in checked.images]
-        sizes = [(info.width, info.height) for info in infos if info is not None]
-        assert len(sizes) == len(images)
-        metadata = sample.metadata
-        self._rows.append(
-            {
-                "id": sample.id,
-                "source": sample.source,
-                "conversations": [turn.model_dump() for turn in sample.conversations],
-                "images": [
-                    {"bytes": data, "path": path}
-                    for data, path in zip(images, sample.images, strict=True)
-                ],
-                "widths": [width for width, _ in sizes],
-                "heights": [height for _, height in sizes],
-                "metadata": None if metadata is None else json.dumps(metadata, ensure_ascii=False),
-            }
+    def _validation(self, report: Report) -> Validation:
+        return Validation(
+            validator=f"phi3v-data {version('phi3v-data')}",
+            rules=report.rules,
+            severities=dict(report.severities),
+            level=self.level,
+            counts=dict(report.counts),
+            is_complete=report.is_complete,
         )
-        self._samples.append(
-            (
-                sample,
-                [
-                    (len(data), width, height, image.xxh3_64)
-                    for data, (width, height), image in zip(
-                        images, sizes, checked.images, strict=True
-                    )
-                ],
+
+    def _sources(self, plan: ShardPlan) -> tuple[SourceEntry, ...]:
+        everywhere = {rule.code for file in self.files for rule in self.rules_for(file)}
+        return tuple(
+            SourceEntry(
+                name=os.path.basename(source.file),
+                sha256=source.sha256,
+                num_lines=source.num_lines,
+                ignored=tuple(
+                    sorted(everywhere - {rule.code for rule in self.rules_for(source.file)})
+                ),
             )
+            for source in plan.sources
         )
-        self._num_images += len(images)
-        self.num_bytes += num_bytes
-        self._rows_bytes += num_bytes
-        if self._rows_bytes >= ROW_GROUP_BYTES or len(self._rows) >= ROW_GROUP_ROWS:
-            self._flush()
 
-    def close(self) -> tuple[ShardEntry, list[tuple[Sample, list[ImagePlace]]]]:
-        self._flush()
-        self._writer.close()
-        with (
-            open(self._path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            wanted = [image for _, images in self._samples for image in images]
-            places = iter(list(self._locate(content, wanted)))
-            sha256 = hashlib.sha256(content).hexdigest()
-            num_bytes = len(content)
-        rows = [(sample, [next(places) for _ in images]) for sample, images in self._samples]
-        entry = ShardEntry(
-            name=self._path.name,
-            num_bytes=num_bytes,
-            sha256=sha256,
-            num_samples=len(rows),
-            num_images=self._num_images,
+    def _write_rejected(self, work: Work, report: Report) -> tuple[int, FileEntry | None]:
+        """`rejected.jsonl`, if anything is left out."""
+        if report.num_valid == report.num_lines:
+            return 0, None
+        checked_by = LineRules(
+            rules_for=self.rules_for,
+            root_of=self.root_of,
+            level=self.level,
+            allow_missing_answer=self.settings.allow_missing_answer,
+            num_crops=self.settings.num_crops,
         )
-        return entry, rows
-
-    def abort(self) -> None:
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if self._rows:
-            table = pa.Table.from_pylist(self._rows, schema=SHARD_SCHEMA)
-            self._writer.write_table(table, row_group_size=len(self._rows))
-            self._images_of_group.append(sum(len(row["images"]) for row in self._rows))
-            self._rows, self._rows_bytes = [], 0
-
-    def _locate(
-        self, content: mmap.mmap, wanted: list[tuple[int, int, int, int]]
-    ) -> Iterator[ImagePlace]:
-        """Find each image, in order, in the pages of its row group, comparing its hash.
-
-        Images of a page follow one another; between pages there is a header. So the next image is
-        nearly always right here, and else a short search for its length away.
-        """
-        metadata = pq.read_metadata(self._path)
-        images = iter(wanted)
-        view = memoryview(content)
-        try:
-            for group, num_images in enumerate(self._images_of_group):
-                row_group = metadata.row_group(group)
-                columns = [row_group.column(c) for c in range(row_group.num_columns)]
-                (leaf,) = (column for column in columns if column.path_in_schema == IMAGE_LEAF)
-                assert leaf.compression == "UNCOMPRESSED"
-                position = leaf.data_page_offset
-                end = position + leaf.total_compressed_size
-                for _ in range(num_images):
-                    length, width, height, xxh3_64 = next(images)
-                    prefix = struct.pack("<I", length)
-                    while True:
-                        position = content.find(prefix, position, end)
-                        assert position >= 0, f"{self._path}: an image is not where it was written"
-                        start = position + 4
-                        if xxhash.xxh3_64_intdigest(view[start : start + length]) == xxh3_64:
-                            break
-                        position += 1
-                    yield ImagePlace(start, length, width, height, xxh3_64)
-                    position = start + length
-        finally:
-            view.release()
+        path = work.whole / REJECTED
+        number = 0
+        with open(path, "wb") as file:
+            for line in rejected_lines(report, checked_by):
+                file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                number += 1
+        return number, FileEntry(name=REJECTED, num_bytes=path.stat().st_size, sha256=_sha256(path))
 
 
-def _read_again(path: Path, xxh3_64: int) -> bytes:
-    data = path.read_bytes()
-    if xxhash.xxh3_64_intdigest(data) != xxh3_64:
-        raise ValueError(f"{path}: changed while shards were written from it; run again")
-    return data
-
-
-def _existing(target: Path, overwrite: bool) -> Manifest | None:
-    """The manifest of the shard directory at `target`, if there is one to compare with."""
-    if not target.exists():
-        return None
-    if not target.is_dir():
-        raise ValueError(f"{target}: is a file; expected a directory to make")
-    names = sorted(entry.name for entry in target.iterdir())
-    ours = {MANIFEST, INDEX, REJECTED}
-    foreign = [
-        name
-        for name in names
-        if name not in ours and not (name.startswith("shard-") and name.endswith(".parquet"))
-    ]
-    if foreign:
-        raise ValueError(
-            f"{target}: holds files that are not shards ({foreign[0]}, ...); choose a new directory"
-        )
-    if not names or overwrite:
-        return None
+def _write_index(work: Work, shards: list[WrittenShard]) -> IndexEntry:
+    """Put the rows of all shards together."""
+    writer = IndexWriter(work.whole / INDEX)
     try:
-        return read_manifest(target)
-    except ShardError as error:
-        raise ValueError(f"{error}; --overwrite replaces it") from None
+        for shard in shards:
+            with pa.OSFile(os.fspath(work.done / shard.index.name), "rb") as file:
+                writer.add_table(pa.ipc.open_file(file).read_all())
+        return writer.close()
+    finally:
+        writer.abort()
 
 
-def _difference(
-    target: Path,
-    existing: Manifest,
-    files: list[Path],
-    images: AnyPath | None,
-    settings: Settings,
-) -> str:
-    """What was different when `existing` was written; empty if nothing was."""
-    for name in Settings.model_fields:
-        then, now = getattr(existing.settings, name), getattr(settings, name)
-        if then != now:
-            return f"written with {name} {then}, not {now}"
-    if (existing.validation.validator, existing.validation.rules) != (
-        _validator(),
-        tuple(rule.code for rule in LINE_RULES),
-    ):
-        return f"written with {existing.validation.validator} and its rules"
-    if [(s.name, s.sha256) for s in existing.sources] != [(p.name, _sha256(p)) for p in files]:
-        return "written from other conversations files"
-    for entry in (*existing.shards, existing.index):
-        path = target / entry.name
-        if not path.is_file() or path.stat().st_size != entry.num_bytes:
-            return f"and damaged: {entry.name} is not what its manifest says"
-    if existing.num_dropped:
-        return ""
-    index = IndexReader(target / existing.index.name, existing.index)
-    row = 0
-    same: dict[Path, int] = {}
-    for source, file in zip(existing.sources, files, strict=True):
-        root = default_image_root(file) if images is None else Path(images)
-        for _ in range(source.num_lines):
-            sample = Sample.from_json(index.sample_json(row))
-            for path, place in zip(sample.images, index.images(row), strict=True):
-                image = root / path
-                if image not in same:
-                    try:
-                        same[image] = xxhash.xxh3_64_intdigest(image.read_bytes())
-                    except OSError:
-                        return f"and image {path!r} cannot be read any more"
-                if same[image] != place.xxh3_64:
-                    return f"and image {path!r} has changed since"
-            row += 1
-    return ""
+# --- workers --------------------------------------------------------------------------------------
 
 
-def _report_of(manifest: Manifest, files: list[Path]) -> Report:
-    return Report(
-        files=tuple(os.fspath(file) for file in files),
-        num_lines=sum(source.num_lines for source in manifest.sources),
-        num_valid=manifest.num_samples,
-        num_images=manifest.num_images,
-        counts=dict(manifest.validation.counts),
-        diagnostics=(),
-        rules=manifest.validation.rules,
+def _write_all(
+    tasks: list[ShardTask], num_workers: int
+) -> Iterator[tuple[ShardTask, WrittenShard]]:
+    """Write shards, in this process or in several, and yield them as they are finished."""
+    num_workers = min(num_workers, len(tasks))
+    if num_workers < 2:
+        yield from ((task, write_shard(task)) for task in tasks)
+        return
+    waiting = iter(tasks)
+    with _workers(num_workers) as pool:
+        running: dict[Future[WrittenShard], ShardTask] = {}
+        while True:
+            while len(running) < WINDOW * num_workers and (task := next(waiting, None)):
+                running[pool.submit(write_shard, task)] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+
+@contextmanager
+def _workers(num_workers: int) -> Generator[ProcessPoolExecutor]:
+    """Processes; at the end, what is begun is finished and what waits is not begun."""
+    # Forking is ten times faster than starting anew, and safe where no other thread holds a lock.
+    method = "fork" if threading.active_count() == 1 else "spawn"
+    pool = ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context(method),
+        initializer=_watch_parent,
+    )
+    try:
+        start_workers(pool, num_workers)
+        yield pool
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process died, killed or for lack of memory; fewer workers need less of it"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _watch_parent() -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for_sentinel([parent.sentinel])
+    os._exit(1)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _files(paths: Sequence[AnyPath]) -> list[str]:
+    files = [os.fspath(path) for path in paths]
+    if not files:
+        raise ValueError("no files to write; expected at least one JSONL file")
+    for file in files:
+        if not os.path.isfile(file):
+            raise ValueError(f"{file}: no such file")
+        if files.count(file) > 1:
+            raise ValueError(f"{file}: is given twice; ids are unique in a shard directory")
+    return files
+
+
+def _image_root(images: AnyPath | None) -> str | None:
+    if images is None:
+        return None
+    if not os.path.isdir(images):
+        raise ValueError(f"{os.fspath(images)}: no such folder; expected the image root")
+    return os.fspath(images)
+
+
+def _at_least_one(value: int, name: str) -> int:
+    if value < 1:
+        raise ValueError(f"{name}: expected 1 or more, got {value}")
+    return value
+
+
+def _one_choice(rules: tuple[Rule, ...]) -> Callable[[str], tuple[Rule, ...]]:
+    return lambda file: rules
+
+
+def _say_nothing(what: str, done: int, total: int) -> None:
+    """No one is looking."""
+
+
+def _state(file: str) -> tuple[int, int, int]:
+    status = os.stat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _of_no_line(
+    report: Report, rules_for: Callable[[str], tuple[Rule, ...]]
+) -> tuple[Diagnostic, ...]:
+    """Errors that leaving out lines does not end."""
+    of_data_sets = {
+        rule.code for file in report.files for rule in rules_for(file) if rule.subject == "dataset"
+    }
+    return tuple(
+        found
+        for found in report.diagnostics
+        if found.line is None and found.severity == "error" and found.code in of_data_sets
     )
 
 
-@contextmanager
-def _temporary_directory(target: Path) -> Iterator[Path]:
-    """A directory beside `target`, gone afterwards unless it was renamed.
-
-    It is locked while it is written, so that left-overs of a killed run can be told from the work
-    of a living one, and are removed.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}{TEMPORARY_MARK}"
-    for stale in target.parent.glob(f"{prefix}*"):
-        with _lock(stale) as is_free:
-            if not is_free:
-                raise ValueError(f"{target}: another run is writing it right now")
-            shutil.rmtree(stale)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
-        with _lock(temporary):
-            yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _versions() -> str:
+    """Of what decides the bytes, beside the input."""
+    return f"format {VERSION} schema {SCHEMA_VERSION} pyarrow {pa.__version__}"
 
 
-@contextmanager
-def _lock(directory: Path) -> Iterator[bool]:
-    """Lock a directory; the kernel unlocks it when this process ends, however it ends."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+def _input(plan: ShardPlan) -> str:
+    return xxhash.xxh3_128_hexdigest(f"{plan.digest} {_versions()}".encode())
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    """Flush `temporary` to disk and give it its name, in place of an older directory."""
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
-    if target.is_dir() and any(target.iterdir()):
-        # Two renames: between them there is no `target`, never half of one.
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}{TEMPORARY_MARK}", dir=target.parent))
-        os.rename(target, old)
-        os.rename(temporary, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, target)
-    sync(target.parent)
-
-
-def _file_entry(path: Path) -> FileEntry:
-    return FileEntry(name=path.name, num_bytes=path.stat().st_size, sha256=_sha256(path))
+def _fingerprint(entries: list[FileEntry]) -> str:
+    named = [(entry.name, entry.sha256) for entry in entries]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _validator() -> str:
-    return f"phi3v-data {version('phi3v-data')}"
