@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from phi3v_data.addresses import is_address
-from phi3v_data.shard_format import FileEntry, ShardEntry, ShardError
+from phi3v_data.shard_format import MANIFEST, FileEntry, ShardEntry, ShardError
 
 Span = tuple[int, int]
 """(offset, length) in bytes."""
@@ -51,6 +51,14 @@ class ShardStore(Protocol):
 
         Raises:
             ShardError: the shard is missing or has another size.
+        """
+        ...
+
+    def forget(self, entry: ShardEntry, spans: Sequence[Span]) -> bool:
+        """Drop what is kept of these bytes, which were found damaged.
+
+        Returns:
+            Whether asking for them again may give others.
         """
         ...
 
@@ -100,6 +108,11 @@ class LocalStore:
             content = self._map(entry)
         return [content[offset : offset + length] for offset, length in spans]
 
+    def forget(self, entry: ShardEntry, spans: Sequence[Span]) -> bool:
+        """See `ShardStore`. Nothing is kept: the file itself is damaged."""
+        del entry, spans
+        return False
+
     def close(self) -> None:
         """See `ShardStore`."""
         self._maps = {}
@@ -122,4 +135,10 @@ def open_store(path_or_url: str | os.PathLike[str]) -> ShardStore:
         from phi3v_data.remote_store import RemoteStore
 
         return RemoteStore(os.fspath(path_or_url))
+    if not (Path(path_or_url) / MANIFEST).is_file():
+        from phi3v_data.parquet_index import ParquetStore, find_parquet
+
+        files = find_parquet(path_or_url)
+        if files:
+            return ParquetStore(path_or_url, files)
     return LocalStore(path_or_url)

@@ -175,6 +175,10 @@ class ShardReader:
                 f"{error.errors()[0]['msg']}"
             ) from None
 
+    def id(self, i: int) -> str:
+        """The id alone, from the index: no text is parsed."""
+        return self._index.id(self._row(i))
+
     def image_sizes_wh(self, i: int) -> tuple[tuple[int, int], ...]:
         """(width, height) in pixels of each image, upright, from the index."""
         places = self._index.images(self._row(i))
@@ -210,9 +214,23 @@ class ShardReader:
         images = self.store.ranges(self._shards[shard], spans)
         if not self._is_verified[row]:
             if self._verify == "full" or (self._verify == "sampled" and row % _SAMPLED_ROWS == 0):
-                self._check(row, images)
+                images = self._checked(row, images, self._shards[shard], spans)
             self._is_verified[row] = 1
         return Record(self, row, tuple(images))
+
+    def _checked(
+        self, row: int, images: list[memoryview], entry: ShardEntry, spans: list[tuple[int, int]]
+    ) -> list[memoryview]:
+        """The images, with the hashes they should have."""
+        try:
+            self._check(row, images)
+        except ShardError:
+            # What was kept of it may be to blame: once more from where it came.
+            if not self.store.forget(entry, spans):
+                raise
+            images = self.store.ranges(entry, spans)
+            self._check(row, images)
+        return images
 
     def _check(self, row: int, images: list[memoryview]) -> None:
         for image, xxh3_64 in zip(images, self._index.hashes(row), strict=True):
