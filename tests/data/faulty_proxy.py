@@ -16,7 +16,8 @@ class FaultyProxy:
 
     Each GET of a key that ends with `suffix` takes the next of `faults`: `500`, `503`, `cut` (half
     the body, then a reset), `refuse` (a reset before any answer), `short` (half the body, as if it
-    were all), `slow` (half the body, then nothing for `slow_s`), or `""`.
+    were all), `flip` (a wrong byte in the middle), `slow` (half the body, then nothing for
+    `slow_s`), or `""`.
     """
 
     def __init__(self, server: str, suffix: str = ".parquet", slow_s: float = 3.0) -> None:
@@ -92,6 +93,9 @@ class FaultyProxy:
         body = answer.read()
         connection.close()
         sent = body[: len(body) // 2] if fault == "short" else body
+        if fault == "flip":
+            half = len(body) // 2
+            sent = body[:half] + bytes([body[half] ^ 1]) + body[half + 1 :]
         request.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("content-length", "connection", "transfer-encoding", "date"):

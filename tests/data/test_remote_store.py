@@ -588,22 +588,50 @@ def local_shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def test_the_samples_of_an_address_are_those_of_the_folder(
-    proxy: FaultyProxy, bucket: str, local_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PHI3V_CACHE", str(local_shards.parent / "cache"))
+@pytest.fixture
+def remote_shards(bucket: str, local_shards: Path) -> str:
     for path in local_shards.iterdir():
         put(f"{bucket}/{path.name}", path.read_bytes())
+    return bucket
+
+
+@pytest.mark.parametrize("download", ["ranges", "shards"])
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_the_samples_of_an_address_are_those_of_the_folder(
+    proxy: FaultyProxy,
+    remote_shards: str,
+    local_shards: Path,
+    settings: StoreSettings,
+    is_planned: bool,
+    download: Any,
+) -> None:
     proxy.faults.extend(["500", "cut", "", "short", "refuse"])
-    here, there = open_shards(local_shards), open_shards(bucket)
-    assert len(there) == len(here)
-    assert there.fingerprint == here.fingerprint
-    for one, other in zip(here, there, strict=True):
-        assert one.sample == other.sample
-        assert [bytes(image) for image in one.images] == [bytes(image) for image in other.images]
+    store = RemoteStore(remote_shards, replace(settings, download=download))
+    here, there = open_shards(local_shards), open_shards(store)
+    assert (len(there), there.fingerprint) == (len(here), here.fingerprint)
+    order = [(5 * k) % 12 for k in range(12)]
+    if is_planned:
+        store.plan(map(there.image_spans, order))
+    for i in order:
+        assert there[i].sample == here[i].sample
+        assert there[i].images == here[i].images
     assert sum(proxy.met.values()) == 4
     again = pickle.loads(pickle.dumps(there))
-    assert again[3].sample == here[3].sample
+    assert again[3].images == here[3].images
+    there.close()
+    again.close()
+
+
+def test_bytes_that_changed_on_their_way_are_fetched_once_more(
+    proxy: FaultyProxy, remote_shards: str, local_shards: Path, settings: StoreSettings
+) -> None:
+    here, there = open_shards(local_shards), open_shards(RemoteStore(remote_shards, settings))
+    proxy.faults.extend(["flip"])
+    assert there[3].images == here[3].images
+    assert len(proxy.asked) == 2
+    proxy.faults.extend(["flip", "flip"])
+    with pytest.raises(ShardError, match=r"s3://.*: row 2, sample 's2', image .* are damaged"):
+        _ = there[2]
 
 
 def test_an_address_opens_as_a_remote_store(bucket: str, local_shards: Path) -> None:

@@ -210,6 +210,10 @@ class RangeCache:
         """Whether a piece is here, perhaps damaged."""
         return self._piece(key).exists()
 
+    def forget(self, key: str) -> None:
+        """Delete a piece, if it is here."""
+        self._piece(key).unlink(missing_ok=True)
+
     def begin(self, key: str, num_bytes: int) -> Part | Refusal:
         """Begin to write a piece of that many bytes.
 

@@ -28,7 +28,7 @@ import xxhash
 
 from phi3v_data.addresses import open_file_system
 from phi3v_data.cache_place import cache_folder, cache_limit
-from phi3v_data.coalesced_spans import coalesce
+from phi3v_data.coalesced_spans import Request, coalesce
 from phi3v_data.locked_file import LockedFile
 from phi3v_data.prefetch import PlannedPiece, Prefetcher
 from phi3v_data.range_cache import MappedPiece, Part, RangeCache, Refusal, piece_key
@@ -146,6 +146,15 @@ class RemoteStore:
         """
         self._reader().plan(upcoming)
 
+    def forget(self, entry: ShardEntry, spans: Sequence[tuple[int, int]]) -> bool:
+        """Drop what is kept of these bytes, which were found damaged: they are fetched anew.
+
+        Returns:
+            True: what was kept, or came over the line, may be to blame.
+        """
+        self._reader().forget(entry, spans)
+        return True
+
     def close(self) -> None:
         """End the threads and let the cache go. Views that were given out stay valid."""
         reader = self._readers.pop(os.getpid(), None)
@@ -170,6 +179,7 @@ class _Reader:
         self._shards: dict[str, MappedPiece] = {}
         self._held: dict[str, LockedFile] = {}
         self._prefetcher: Prefetcher | None = None
+        weakref.finalize(self, _let_go, self._held)
 
     def read(self, file: str) -> bytes:
         return self._fetcher.read(file)
@@ -198,6 +208,11 @@ class _Reader:
                 found[k] = content[offset - request.offset : offset - request.offset + length]
         return found
 
+    def forget(self, entry: ShardEntry, spans: Sequence[tuple[int, int]]) -> None:
+        cache = self._fetcher.cache()
+        for request in (*coalesce(spans), Request(0, entry.num_bytes, ())):
+            cache.forget(_piece(entry, request.offset, request.length).key)
+
     def plan(self, upcoming: Iterable[tuple[ShardEntry, Sequence[tuple[int, int]]]]) -> None:
         fetcher = self._fetcher
         cache = fetcher.cache()
@@ -214,9 +229,7 @@ class _Reader:
         if self._prefetcher is not None:
             self._prefetcher.close()
         with self._lock:
-            for held in self._held.values():
-                held.close()
-            self._held.clear()
+            _let_go(self._held)
             self._shards.clear()
 
     def _shard(self, entry: ShardEntry) -> memoryview | None:
@@ -410,6 +423,12 @@ class _Fetcher:
 def _stop(prefetcher: Prefetcher, fetcher: _Fetcher) -> None:
     fetcher.closed.set()
     prefetcher.stop()
+
+
+def _let_go(held: dict[str, LockedFile]) -> None:
+    for lock in held.values():
+        lock.close()
+    held.clear()
 
 
 def _piece(entry: FileEntry, offset: int, length: int) -> PlannedPiece:
