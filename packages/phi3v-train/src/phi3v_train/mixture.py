@@ -64,7 +64,7 @@ def mixture_counts(
     for number, (size, share) in enumerate(zip(sizes, shares, strict=True)):
         if share and size < 1:
             raise ValueError(f"source {number} has no samples; leave it out or give it weight 0")
-    parts = [_tempered(share, temperature) for share in shares]
+    parts = [_tempered(share, max(shares), temperature) for share in shares]
     exact = [part * total / sum(parts) for part in parts]
     counts = [int(part) for part in exact]
     by_fraction = sorted(range(len(sizes)), key=lambda i: counts[i] - exact[i])  # stable
@@ -73,11 +73,11 @@ def mixture_counts(
     return np.array(counts, np.int64)
 
 
-def _tempered(share: float, temperature: float) -> Fraction:
-    if temperature == 1 or not share:
+def _tempered(share: float, largest: float, temperature: float) -> Fraction:
+    if temperature == 1:
         return Fraction(share)
     # Twelve digits: the last bits of a power differ between machines, and counts must not.
-    return Fraction(f"{share ** (1 / temperature):.12g}")
+    return Fraction(f"{(share / largest) ** (1 / temperature):.12g}")
 
 
 def mixture_samples(

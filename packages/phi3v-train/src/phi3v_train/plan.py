@@ -279,7 +279,7 @@ def plan_epoch(
     else:
         if shards.first[-1] != len(lengths):
             raise ValueError(
-                f"{len(lengths)} samples are not those of {shards.first[-1]} in shards"
+                f"expected the shards to hold {len(lengths)} samples, got {shards.first[-1]}"
             )
         order = windowed_order(chosen, shards, seed=seed, epoch=epoch)
     if global_batch_unit == "samples":
