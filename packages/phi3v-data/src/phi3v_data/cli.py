@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from phi3v_data.cat_command import cat_command
 from phi3v_data.conversion.command import convert_group
 from phi3v_data.fix_command import refuse_lone_options, run_fix, with_fix_options
 from phi3v_data.input_error import InputError
@@ -39,6 +40,7 @@ main.add_command(stats_command)
 main.add_command(preview_command)
 main.add_command(shard_command)
 main.add_command(verify_command)
+main.add_command(cat_command)
 
 
 FILES = click.argument(
