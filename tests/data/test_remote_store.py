@@ -571,8 +571,9 @@ def test_kill_9_while_reading_costs_no_more_than_what_was_on_its_way(
 # --- a reader on top
 
 
-@pytest.fixture
-def local_shards(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def local_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("local")
     samples: list[Sample] = []
     for i in range(12):
         names = tuple(f"{i}.{k}.png" for k in range(i % 4))
