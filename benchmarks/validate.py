@@ -8,10 +8,13 @@
     ten times   the same on ten times the lines
     pydantic    `Sample.model_validate_json` on every line in one process, which checks types only
     DuckDB      `read_json` of the file, counting rows and characters of its columns: checks nothing
+    mixed       lines that are not all alike: one to three turns, up to two images, line breaks,
+                quotes and other alphabets in the texts; against pydantic on the same lines
 
-All on the same lines of about 600 bytes (text only, a question, a class for an answer), in turns;
-the medians of ratios of wall time over the rounds. `memory` is the largest sum over our processes
-of PSS, the share of memory that is each one's own, read from /proc every 20 ms in a run apart.
+All on lines of about 600 bytes (but for `mixed`: text only, a question, a class for an answer), in
+turns; the medians of ratios of wall time over the rounds. `memory` is the largest sum over our
+processes of PSS, the share of memory that is each one's own, read from /proc every 20 ms in a run
+apart.
 """
 
 import json
@@ -64,7 +67,7 @@ def write_lines(path: Path, num_lines: int, faulty: float = 0.0) -> Path:
     prompt = "Classify the video into one of the following classes: " + ", ".join(CLASSES)
     with open(path, "w") as file:
         for number in range(num_lines):
-            words = " ".join(rng.choices(CLASSES, k=24))
+            words = " ".join(rng.choices(CLASSES, k=32))
             answer = CLASSES[number % len(CLASSES)]
             line = (
                 f'{{"id":"train-{number:010d}","source":"made","conversations":[{{"images":[],'
@@ -73,6 +76,25 @@ def write_lines(path: Path, num_lines: int, faulty: float = 0.0) -> Path:
             if rng.random() < faulty:
                 line = spoil(line, rng)
             file.write(line + "\n")
+    return path
+
+
+def write_mixed_lines(path: Path, num_lines: int) -> Path:
+    """A file of conversations as they come from other tools: long and short, in any alphabet."""
+    rng = random.Random(0)
+    words = [*CLASSES, "line\nbreak", 'a "quoted" word', "Überblick", "☃", "back\\slash", "日本語"]
+    with open(path, "w") as file:
+        for number in range(num_lines):
+            turns = [
+                {
+                    "images": [] if turn else [f"{number:09d}/{k}.jpg" for k in range(number % 3)],
+                    "user": " ".join(rng.choices(words, k=24)),
+                    "assistant": " ".join(rng.choices(words, k=4)),
+                }
+                for turn in range(rng.choice((1, 1, 1, 2, 3)))
+            ]
+            sample = {"id": f"train-{number:010d}", "source": "made", "conversations": turns}
+            file.write(json.dumps(sample, ensure_ascii=False) + "\n")
     return path
 
 
@@ -146,6 +168,7 @@ def measure(num_lines: int, rounds: int, folder: Path) -> Result:
     """Run all sides in turns."""
     plain = write_lines(folder / "plain.jsonl", num_lines)
     faulty = write_lines(folder / "faulty.jsonl", num_lines, 0.01)
+    mixed = write_mixed_lines(folder / "mixed.jsonl", num_lines)
     tenfold = write_lines(folder / "tenfold.jsonl", 10 * num_lines)
     report = validate([faulty])
     assert 0.005 * num_lines < report.num_lines - report.num_valid < 0.015 * num_lines
@@ -156,6 +179,8 @@ def measure(num_lines: int, rounds: int, folder: Path) -> Result:
         "ten times": lambda: validate([tenfold]),
         "pydantic": lambda: run_pydantic(plain),
         "DuckDB": lambda: run_duckdb(plain),
+        "our mixed": lambda: validate([mixed], ignore=["I"]),
+        "mixed": lambda: run_pydantic(mixed),
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
@@ -164,10 +189,9 @@ def measure(num_lines: int, rounds: int, folder: Path) -> Result:
             calls[name]()
             seconds[name].append(time.perf_counter() - start)
     ratios: dict[str, Ratio] = {}
-    for name in list(calls)[1:]:
-        values = [
-            theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)
-        ]
+    for name in ("faulty", "ten times", "pydantic", "DuckDB", "mixed"):
+        base = seconds["our mixed" if name == "mixed" else "ours"]
+        values = [theirs / ours for theirs, ours in zip(seconds[name], base, strict=True)]
         ratios[name] = Ratio(statistics.median(values), min(values), max(values))
     return Result(
         num_lines=num_lines,

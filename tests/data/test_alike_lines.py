@@ -38,7 +38,7 @@ def lines_of(seed: int, num_kinds: int = 6) -> list[bytes]:
         json.dumps(
             sample(rng, number, rng.randrange(num_kinds)), ensure_ascii=rng.random() < 0.3
         ).encode()
-        for number in range(200)
+        for number in range(400)
     ]
 
 
@@ -78,7 +78,7 @@ def test_values_are_those_of_the_lines(seed: int) -> None:
         for row, number in enumerate(group.numbers.tolist()):
             assert as_sample(group, row) == json.loads(lines[number])
             numbers.append(number)
-    assert len(numbers) > 60
+    assert len(numbers) > 100
     assert sorted([*numbers, *found.loose, *found.suspects]) == list(range(len(lines)))
 
 
@@ -93,9 +93,9 @@ def test_lines_of_another_shape_are_left_out() -> None:
         b'{"id":"a","source":"s","conversations":[{"user":"q","assistant":"a"}],"metadata":{"k":1}}'
     )
     others = [line.replace(b":1}", b":%d}" % k) for k in range(2, 9)]
-    found = scan([line] * 10 + others)
-    assert [group.numbers.tolist() for group in found.alike] == [list(range(10))]
-    assert sorted(found.loose) == list(range(10, 17))
+    found = scan([line] * MIN_LINES + others)
+    assert [group.numbers.tolist() for group in found.alike] == [list(range(MIN_LINES))]
+    assert sorted(found.loose) == list(range(MIN_LINES, MIN_LINES + 7))
     assert found.suspects == []
 
 

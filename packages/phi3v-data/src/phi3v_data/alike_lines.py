@@ -27,11 +27,11 @@ from phi3v_data.quick_sample import QuickSample, num_keys
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Places = np.ndarray[Any, np.dtype[np.int64]]
 
-MIN_LINES = 8
-"""Fewer lines of a shape are decoded one by one."""
+MIN_LINES = 24
+"""Fewer lines of a shape are faster decoded one by one."""
 
-MAX_SHAPES = 6
-"""Tried among lines with equally many quotes; the rest is decoded one by one."""
+MAX_MISSES = 2
+"""Shapes of fewer lines, until the rest of those with as many quotes is decoded one by one."""
 
 _NONE = np.zeros(0, dtype=np.int64)
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
@@ -90,7 +90,9 @@ class AlikeLines:
         return texts
 
     def views(self, value: str) -> "list[bytes | memoryview]":
-        """`texts` without a copy."""
+        """`texts` without a copy, where there is none."""
+        if int(value) in self._texts:
+            return [*self._texts[int(value)]]
         content, number = memoryview(self.content), int(value)
         views: list[bytes | memoryview] = [
             content[begin:stop] for begin, stop in self._spans(number)
@@ -166,19 +168,20 @@ def find_alike(
     of_count = counts[easy]
     for count in np.flatnonzero(np.bincount(of_count)).tolist():
         rest = easy[of_count == count]
-        for _ in range(MAX_SHAPES):
-            if count % 2 or len(rest) < MIN_LINES:
-                break
+        num_misses = 0
+        while len(rest) >= MIN_LINES and count % 2 == 0 and num_misses < MAX_MISSES:
             table = quotes[first_quote[rest][:, None] + np.arange(count)]  # (lines, quotes)
             start, end = int(starts[rest[0]]), int(ends[rest[0]])
             shape = _shape(content, start, end, table[0].tolist())
             if shape is None:
+                num_misses += 1
                 loose.append(int(rest[0]))
                 rest = rest[1:]
                 continue
             fits, begins, stops = _fit(content, shape, table, starts[rest], ends[rest])
             found = np.flatnonzero(fits)
             if len(found) < MIN_LINES:
+                num_misses += 1
                 loose.extend(rest[found].tolist())
             else:
                 group = AlikeLines(rest[found], shape, content, begins[found], stops[found], {})
@@ -243,12 +246,15 @@ def _unescape(group: AlikeLines, backslashes: Places, loose: list[int]) -> Alike
     )
     faulty: set[int] = set()
     content = group.content
-    for row, number in np.argwhere(is_written).tolist():
-        raw = content[int(group.begins[row, number]) - 1 : int(group.stops[row, number]) + 1]
-        try:
-            group.unescaped[row, number] = _decode_text(raw).encode()
-        except (msgspec.DecodeError, UnicodeError):
-            faulty.add(row)
+    for number in np.flatnonzero(is_written.any(axis=0)).tolist():
+        rows = np.flatnonzero(is_written[:, number])
+        begins, stops = group.begins[rows, number] - 1, group.stops[rows, number] + 1
+        spans = zip(rows.tolist(), begins.tolist(), stops.tolist(), strict=True)
+        for row, begin, stop in spans:
+            try:
+                group.unescaped[row, number] = _decode_text(content[begin:stop]).encode()
+            except (msgspec.DecodeError, UnicodeError):
+                faulty.add(row)
     if not faulty:
         return group
     loose.extend(group.numbers[sorted(faulty)].tolist())

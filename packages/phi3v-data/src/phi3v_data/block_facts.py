@@ -27,6 +27,8 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 _digest = xxhash.xxh3_64_intdigest
 
+MAX_LABEL_BYTES = 4 * MAX_LABEL_CHARS
+
 _NO_HASHES: Hashes = np.empty(0, dtype=np.uint64)
 _NO_NUMBERS: Numbers = np.empty(0, dtype=np.int64)
 

@@ -200,8 +200,10 @@ def _faulty_rows(group: AlikeLines, array: Bytes, allow_missing_answer: bool) ->
         is_doubtful = (first <= 32) | (first > 126) | (first == _BACKSLASH) | (first == _QUOTE)
         for row in np.flatnonzero(is_doubtful | (lengths[:, answer] == 0)).tolist():
             is_faulty[row] |= _is_blank(group.text(row, turn.assistant))
-        for row in np.flatnonzero(lengths[:, answer] >= LONG_ANSWER_CHARS).tolist():
-            is_faulty[row] |= group.text(row, turn.assistant) in group.text(row, turn.user)
+        long = np.flatnonzero(lengths[:, answer] >= LONG_ANSWER_CHARS).tolist()
+        if long:
+            answers, questions = group.texts(turn.assistant), group.texts(turn.user)
+            is_faulty[[row for row in long if answers[row] in questions[row]]] = True
         if isinstance(turn.answers, list):
             if not turn.answers:
                 is_faulty[:] = True
