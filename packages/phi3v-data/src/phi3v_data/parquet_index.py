@@ -231,6 +231,7 @@ def _write_index(name: str, files: Sequence[Path], folder: Path) -> None:
         for number, path in enumerate(files):
             num_samples = num_images = 0
             with _parquet_errors(path), _open(path) as file:
+                _check_columns(path, file)
                 layout = _layout(file)
                 places = _mapped_places(path, file) if layout.is_mapped else _counted_places()
                 next(places)
@@ -297,7 +298,7 @@ def _write_index(name: str, files: Sequence[Path], folder: Path) -> None:
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _read_rows(path: Path, file: pq.ParquetFile) -> Iterator[_Row]:
+def _check_columns(path: Path, file: pq.ParquetFile) -> None:
     names = file.schema_arrow.names
     missing = [name for name in _NEEDED if name not in names]
     if missing:
@@ -305,6 +306,17 @@ def _read_rows(path: Path, file: pq.ParquetFile) -> Iterator[_Row]:
             f"{path}: has no column {missing[0]!r}; expected {', '.join(_NEEDED)}, "
             f"got {', '.join(names)}"
         )
+    images = file.schema_arrow.field("images").type
+    struct_ = getattr(images, "value_type", None)
+    fields: list[pa.Field] = struct_.fields if isinstance(struct_, pa.StructType) else []
+    if not {"bytes", "path"} <= {field.name for field in fields}:
+        raise ShardError(
+            f"{path}: its images are {images}; expected list<struct<bytes: binary, path: string>>"
+        )
+
+
+def _read_rows(path: Path, file: pq.ParquetFile) -> Iterator[_Row]:
+    names = file.schema_arrow.names
     columns = [*_NEEDED, *(name for name in ("metadata",) if name in names)]
     row = 0
     for group in range(file.num_row_groups):
@@ -374,7 +386,7 @@ def _leaf(file: pq.ParquetFile, group: int) -> pq.ColumnChunkMetaData:
         names = column.path_in_schema.split(".")
         if names[0] == "images" and names[-1] == "bytes":
             return column
-    raise ShardError("its images are not a list of bytes and path")
+    raise AssertionError("its columns were checked")
 
 
 def _layout(file: pq.ParquetFile) -> _FileLayout:
