@@ -41,8 +41,8 @@ def cat_command(
 ) -> None:
     """Show samples of a shard directory.
 
-    SAMPLE is a number, from 0, or from the end: -1 is the last; or an id. DIRECTORY may be an address
-    (s3://...), or any Parquet of the same columns.
+    SAMPLE is a number, from 0, or from the end: -1 is the last; or an id. DIRECTORY may be an
+    address (s3://...), or any Parquet of the same columns.
 
     \b
       phi3v-data cat shards/train 17
