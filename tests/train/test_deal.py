@@ -83,10 +83,11 @@ def test_ranks_differ_by_no_more_than_the_dearest_sample_where_rows_have_room(se
 
 
 def test_where_the_even_deals_do_not_fit_rows_are_filled_first():
-    # Ten rows of 100 without a gap in five ranks: only best fit over all of them finds it.
-    lengths = [60] * 5 + [40] * 5 + [70] * 3 + [30] * 3 + [50] * 4
-    deal = dealt([lengths], 5)
-    assert deal.rows_per_rank.tolist() == [2]
+    # Three rows without a gap for three ranks. By load, 80 and 50 and 50 lie alone, then 40 goes
+    # beside a 50 and leaves 10: only best fit over all rows ends with 80+20, 50+50 and 40+30+30.
+    deal = dealt([[50, 30, 40, 20, 50, 80, 30]], 3)
+    assert deal.rows_per_rank.tolist() == [1]
+    assert np.bincount(deal.row[0], [50, 30, 40, 20, 50, 80, 30]).tolist() == [100, 100, 100]
 
 
 def test_cost_has_the_proportions_of_the_real_model():
