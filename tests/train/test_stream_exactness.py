@@ -110,6 +110,7 @@ def test_a_resume_yields_what_was_left_in_the_order_of_the_plan(stream: TrainStr
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_resume_between_any_two_crews_yields_what_was_left(stream: TrainStream) -> None:
     outcomes = dict(resumes(stream, CREWS))
     assert len(outcomes) == len(CREWS) ** 2 * (stream.num_steps - 1)
