@@ -4,10 +4,10 @@ import os
 import sqlite3
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from phi3v_data import check_cache
 from phi3v_data.check_cache import BATCH, CheckCache, default_path, open_cache
 from phi3v_data.image_check import ImageCheck, check_image

@@ -25,6 +25,20 @@ def test_the_command_line_loads_nothing_heavy_until_a_command_runs() -> None:
     assert run_python(code) == "[]"
 
 
+def test_help_of_every_command_loads_nothing_heavy() -> None:
+    heavy = ["torch", "cv2", "pyarrow", "PIL", "numpy", "rich", "pydantic", "msgspec", "fsspec"]
+    code = f"""
+import sys
+from click.testing import CliRunner
+from phi3v_data.cli import main
+for command in ("", *sorted(set(main.commands) - {{"convert"}})):  # that one loads the converters
+    done = CliRunner().invoke(main, [*command.split(), "--help"])
+    assert done.exit_code == 0 and "Usage: " in done.output, done.output
+print([m for m in {heavy} if m in sys.modules])
+"""
+    assert run_python(code) == "[]"
+
+
 def test_the_converters_load_no_decoder_until_they_convert() -> None:
     code = (
         "import sys, phi3v_data.convert, phi3v_data.converters.ucf101; print('cv2' in sys.modules)"

@@ -96,9 +96,12 @@ class CheckCache:
             except sqlite3.DatabaseError as error:
                 self._recover(error)
                 return None
-        if value is None or value[:16] != _seal(key, status, value[16:]):
+        if value is None:
             return None
-        entry = _decode(value[16:])
+        content = value[16:]
+        if not value.startswith(_seal(key, status, content)):
+            return None
+        entry = _decode(content)
         self.num_hits += 1
         kind: Any = entry.kind
         cause: Any = entry.cause

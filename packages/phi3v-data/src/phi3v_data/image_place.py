@@ -82,6 +82,51 @@ def find_place(root: str, path: str) -> Place:
     return Place(file, real, status, folder.ignores_case)
 
 
+# Without O_NOFOLLOW a file that is exchanged for a link just now would be followed; without
+# O_NONBLOCK, a pipe would block. Windows has neither, nor the cases.
+_OPEN = (
+    os.O_RDONLY
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+
+
+def open_place(root: str, path: str) -> tuple[int, Place]:
+    """`find_place`, and a descriptor of the file, open for reading: for the caller to close.
+
+    Most files are opened first and asked afterwards what they are, which spares the system a walk
+    along the path; `find_place` is for the others.
+
+    Raises:
+        MisplacedImage: as `find_place`.
+    """
+    if problem := path_problem(path):
+        raise MisplacedImage("outside", problem)
+    file = f"{root}/{path}"
+    slash = file.rindex("/")
+    try:
+        folder = _folder_of(root, file[:slash])
+        descriptor = os.open(file, _OPEN) if folder.is_inside else None
+    except (OSError, UnicodeEncodeError):
+        folder = descriptor = None
+    if folder is not None and descriptor is not None:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            return descriptor, Place(
+                file, f"{folder.real}{file[slash:]}", status, folder.ignores_case
+            )
+        os.close(descriptor)
+    place = find_place(root, path)
+    try:
+        descriptor = os.open(place.file, _OPEN)
+    except FileNotFoundError:
+        raise MisplacedImage("missing", "does not exist") from None
+    except OSError as error:
+        raise MisplacedImage("missing", unreadable(error), "unreadable") from error
+    return descriptor, place
+
+
 def unreadable(error: OSError | UnicodeEncodeError) -> str:
     """What a refusal of the system says, to follow the path in a sentence."""
     reason = (error.strerror or str(error)) if isinstance(error, OSError) else "no such name"
