@@ -155,6 +155,11 @@ def test_what_no_rule_that_ran_objects_to_is_refused_where_it_cannot_be_stored(
         file.write(b"not json\n")
     with pytest.raises(ValueError, match=r"train\.jsonl:61: no rule that ran .* rules P and S run"):
         write_shards([jsonl], tmp_path / "out", ignore=["P", "S"])
+    dropped = write_shards([jsonl], tmp_path / "dropped", ignore=["P", "S"], drop_invalid=True)
+    rejected = json.loads((tmp_path / "dropped" / "rejected.jsonl").read_text())
+    assert dropped.manifest is not None
+    assert rejected["content"] == "not json"
+    assert "no rule that ran says so" in rejected["findings"][0]["message"]
     assert not (tmp_path / "out").exists()
 
 

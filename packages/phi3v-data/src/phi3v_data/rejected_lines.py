@@ -17,11 +17,12 @@ from typing import Any
 from phi3v_data.block_check import diagnostic, parse
 from phi3v_data.diagnostics import Diagnostic, Report
 from phi3v_data.image_check import ImageCheck, Level, check_image
-from phi3v_data.jsonl import read_lines
+from phi3v_data.jsonl import explain, read_lines
 from phi3v_data.rules import Context, Line
 from phi3v_data.rules.rule import Rule
 
 DUPLICATE_ID = "D101"
+NO_SAMPLE = "S101"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,17 @@ def _findings(file: str, number: int, content: bytes, by: LineRules) -> list[Dia
             found += [diagnostic(rule, f, context, sample) for f in rule.check(line, context)]
         elif rule.subject == "sample" and sample is not None:
             found += [diagnostic(rule, f, context, sample) for f in rule.check(sample, context)]
+    if error is not None and not _has_error(found):
+        found.append(
+            Diagnostic(
+                code=NO_SAMPLE,
+                severity="error",
+                message=f"it is no sample, though no rule that ran says so: {explain(error)}",
+                help="let the rules P and S run",
+                file=file,
+                line=number,
+            )
+        )
     return found
 
 

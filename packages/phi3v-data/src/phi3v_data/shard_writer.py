@@ -179,6 +179,8 @@ def write_shards(
             raise ValueError(f"{', '.join(report.files)}: no samples; nothing to write")
         if (report.num_errors and not drop_invalid) or not report.num_valid:
             return ShardResult(run.target, report, None)
+        if not drop_invalid:
+            _refuse_unnamed(report)
         undroppable = _of_no_line(report, run.rules_for)
         if undroppable:
             return ShardResult(run.target, report, None, undroppable=undroppable)
@@ -485,6 +487,16 @@ def _say_nothing(what: str, done: int, total: int) -> None:
 def _state(file: str) -> tuple[int, int, int]:
     status = os.stat(file)
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _refuse_unnamed(report: Report) -> None:
+    """A line that is no sample is not valid, even where no rule runs that says so."""
+    for file, numbers in report.invalid_lines.items():
+        for number in numbers:
+            raise ValueError(
+                f"{file}:{number}: no rule that ran found an error, but it is no sample and cannot "
+                "be stored; let the rules P and S run"
+            )
 
 
 def _of_no_line(
