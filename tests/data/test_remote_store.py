@@ -1,6 +1,7 @@
 """Shards on object stores, against an S3-compatible server behind a proxy that fails at times."""
 
 import hashlib
+import json
 import logging
 import multiprocessing
 import pickle
@@ -644,3 +645,15 @@ def test_an_address_opens_as_a_remote_store(bucket: str, local_shards: Path) -> 
     assert store.read("manifest.json") == manifest.to_json().encode()
     with pytest.raises(ValueError, match="expected 'ranges' or 'shards', got 'both'"):
         RemoteStore(bucket, StoreSettings(download="both"))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_benchmark_counts_requests_and_compares_what_was_read(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "remote_shards.py"
+    options = ["--rows", "6", "--rounds", "1", "--latency", "1", "--decode", "0"]
+    command = [sys.executable, str(script), *options, "--json", str(tmp_path / "result.json")]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    result = json.loads((tmp_path / "result.json").read_text())
+    requests = result["requests"]
+    assert (requests["each image"], requests["coalesced"], requests["planned"]) == (30, 6, 6)
+    assert (requests["cached"], requests["whole shards"], requests["local"]) == (0, 0, 0)
+    assert result["ms_a_row"]["each image"] > result["ms_a_row"]["local"]
