@@ -155,3 +155,99 @@ def test_verify_says_what_is_no_shard_directory():
     assert result.exit_code == 1
     assert "images: has no manifest.json; expected a directory written by" in result.output
     assert run("verify", "nowhere").exit_code == 2
+
+
+def test_shard_follows_the_settings_of_validate(root: Path):
+    """Of pyproject.toml, per-file ignores among them, and of the command line."""
+    (root / "pyproject.toml").write_text(
+        "[tool.phi3v-data.validate]\nseverity = {T101 = 'warning'}\n"
+        "per-file-ignores = {'good*' = ['D102']}\n"
+    )
+    result = run("shard", "good.jsonl", "bad.jsonl", "--out_dir", "out", "--ignore", "D101")
+    manifest = open_shards("out").manifest
+
+    assert result.exit_code == 0
+    assert "warning T101" in result.output
+    assert manifest.validation.severities["T101"] == "warning"
+    assert "D101" not in manifest.validation.rules
+    assert [source.ignored for source in manifest.sources] == [("D102",), ()]
+    stricter = run("shard", "bad.jsonl", "--out_dir", "other", "--severity", "T101=error")
+    assert stricter.exit_code == 1
+
+
+def test_max_errors_stops_and_writes_nothing(root: Path):
+    write_samples(root / "bad.jsonl", [sample(str(i), answer=" ") for i in range(9)])
+    result = run("shard", "bad.jsonl", "--out_dir", "out", "--max_errors", "2")
+
+    assert result.exit_code == 1
+    assert "Nothing was written: it stopped at so many errors (max_errors)" in result.stderr
+    assert not os.path.exists("out")
+
+
+def test_verify_takes_several_directories_and_says_how_much_it_read():
+    run("shard", "good.jsonl", "--out_dir", "out/one")
+    run("shard", "good.jsonl", "--out_dir", "out/two")
+    Path("out/two/more.txt").touch()
+    result = run("verify", "out/one", "out/two", "--sample", "1", "--json")
+    one, two = json.loads(result.output)["directories"]
+
+    assert result.exit_code == 1
+    assert (one["num_samples"], one["num_read"], one["findings"]) == (2, 1, [])
+    assert two["findings"] == [{"file": "more.txt", "problem": "not in the manifest"}]
+    assert "(1 read back)" in run("verify", "out/one", "--sample", "1").output
+
+
+def test_convert_writes_each_split_as_shards_where_asked(root: Path):
+    (root / "toy_converter.py").write_text(CONVERTER)
+    write_raw(root)
+    result = run("convert", "toy_converter:Toy", "raw", "--out_dir", "converted", *SHARDS)
+
+    assert result.exit_code == 0, result.output
+    assert sorted(os.listdir("converted/shards")) == ["test", "train"]
+    assert [record.sample.id for record in open_shards("converted/shards/train")] == ["t0", "t1"]
+    assert open_shards("converted/shards/test").sample(0).conversations[0].assistant is None
+    again = run("convert", "toy_converter:Toy", "raw", "--out_dir", "converted", *SHARDS)
+    assert "converted/shards/train is up to date" in again.output
+
+
+def test_convert_says_which_split_could_not_be_written_and_how_it_could(root: Path):
+    (root / "toy_converter2.py").write_text(CONVERTER.replace('"an answer"', '" "'))
+    write_raw(root)
+    result = run("convert", "toy_converter2:Toy", "raw", "--out_dir", "converted", *SHARDS)
+
+    assert result.exit_code == 1
+    assert "error T101" in result.output
+    assert "--out_dir converted/shards/train --drop_invalid" in result.stderr
+    assert os.listdir("converted/shards") == ["test"]
+
+
+def write_raw(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / "raw").mkdir(exist_ok=True)
+        (root / "raw" / f"{split}.txt").write_text(split)
+
+
+SHARDS = ("--shards", "--workers", "0")
+
+CONVERTER = '''
+from pathlib import Path
+
+from phi3v_data import Item, Sample, Turn
+
+
+class Toy:
+    """Toy questions."""
+
+    name = "toy"
+
+    def discover(self, source):
+        for index, split in enumerate(("train", "test")):
+            path = Path(source, f"{split}.txt")
+            yield Item(index, key=path.name, path=str(path), split=split)
+
+    def convert(self, item, out_dir):
+        for i in range(2):
+            answer = "an answer" if item.split == "train" else None
+            turn = Turn(user=f"{item.split} {i}?", assistant=answer)
+            yield Sample(id=f"t{i}", source="toy", conversations=(turn,))
+'''

@@ -1,5 +1,6 @@
 """`phi3v-data shard` and `phi3v-data verify`: conversations files to shards, and shards checked."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -107,6 +108,52 @@ def shard_command(
         context.exit(130)
     if not print_result(result, out_dir, drop_invalid=drop_invalid):
         context.exit(1)
+
+
+def shard_splits(
+    files: Mapping[str, str], out_dir: str, *, workers: int | None, overwrite: bool
+) -> bool:
+    """Write a shard directory for each split, as `shard` would; whether all were written.
+
+    Args:
+        files: split → its conversations file. Those of test splits may lack answers.
+        out_dir: the folder of the directories: `train` in it, `val`, ...
+        workers: processes; by default one a core.
+        overwrite: replace directories that were made from other input.
+
+    Raises:
+        ValueError: as `write_shards`.
+        OSError: as `write_shards`.
+    """
+    from pathlib import Path
+
+    from phi3v_data.progress_bars import progress_bars
+    from phi3v_data.report import printable
+    from phi3v_data.shard_writer import write_shards
+    from phi3v_data.validate_config import load_config
+
+    config = load_config(Path.cwd())
+    is_written = True
+    for split, file in files.items():
+        target = f"{out_dir}/{split}"
+        with progress_bars() as progress:
+            result = write_shards(
+                [file],
+                target,
+                rules_for=config.rules_for,
+                level=config.level,
+                use_cache=config.cache,
+                allow_missing_answer=split.startswith("test"),
+                num_crops=config.num_crops,
+                overwrite=overwrite,
+                num_workers=workers,
+                progress=progress,
+            )
+        if not print_result(result, target, drop_invalid=False):
+            is_written = False
+            command = f"phi3v-data shard {file} --out_dir {target} --drop_invalid"
+            click.echo(printable(f"To write the others: {command}"), err=True)
+    return is_written
 
 
 def print_result(result: "ShardResult", out_dir: str, *, drop_invalid: bool) -> bool:

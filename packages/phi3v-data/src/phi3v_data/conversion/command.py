@@ -103,6 +103,7 @@ def convert_group(context: click.Context, list_only: bool) -> None:
       converted/rejected.jsonl      where something was rejected, with item and reason
       converted/dataset_card.md     counts, labels, source and licence, for people
       converted/manifest.json       settings, counts and hashes
+      converted/shards/train ...    with --shards
 
     What was interrupted, even by kill -9, continues when the same command is run again. The output
     is the same bytes whatever the number of workers.
@@ -155,6 +156,11 @@ RUN_OPTIONS: list[click.Parameter] = [
     ),
     click.Option(
         ["--overwrite"], is_flag=True, help="Remove an earlier conversion and start anew."
+    ),
+    click.Option(
+        ["--shards"],
+        is_flag=True,
+        help="Then validate each split and write it as shards: OUT_DIR/shards/SPLIT.",
     ),
     click.Option(
         ["--set", "settings"],
@@ -219,6 +225,7 @@ def _click_option(option: "ConverterOption") -> click.Option:
 def _run(
     context: click.Context, name: str, given: dict[str, object], values: dict[str, Any]
 ) -> None:
+    from phi3v_data.addresses import is_address
     from phi3v_data.conversion.dry_run import dry_run
     from phi3v_data.convert import ConverterError, convert
     from phi3v_data.converters import get_converter
@@ -229,6 +236,8 @@ def _run(
         if value is None:
             raise click.UsageError(f"missing {what}; see --help for an example")
     splits = list(values["splits"]) or None
+    if values["shards"] and is_address(out_dir):
+        raise InputError(f"--shards: {out_dir} is an address; shards are written on this machine")
     try:
         converter = get_converter(name, **given, **_parse_settings(values["settings"]))
         if values["dry_run"]:
@@ -247,6 +256,8 @@ def _run(
             overwrite=values["overwrite"],
             progress=sys.stderr.isatty(),
         )
+        _print_conversion(result)
+        is_sharded = not values["shards"] or _write_shards(result, out_dir, values)
     except ValueError as error:
         raise InputError(str(error)) from error
     except ConverterError as error:
@@ -256,9 +267,18 @@ def _run(
     except KeyboardInterrupt as error:
         click.echo(str(error) or "interrupted; run the same command again", err=True)
         context.exit(130)
-    _print_conversion(result)
-    if not any(result.counts.values()):
+    if not any(result.counts.values()) or not is_sharded:
         context.exit(1)
+
+
+def _write_shards(result: "ConversionResult", out_dir: str, values: dict[str, Any]) -> bool:
+    """Write the splits that have samples as shards; whether all were valid."""
+    from phi3v_data.shard_command import shard_splits
+
+    files = {s: str(path) for s, path in result.files.items() if result.counts[s]}
+    shards = os.path.join(out_dir, "shards")
+    workers: int | None = values["workers"]
+    return shard_splits(files, shards, workers=workers, overwrite=values["overwrite"])
 
 
 def _parse_settings(settings: Sequence[str]) -> dict[str, object]:
