@@ -1,7 +1,11 @@
+import doctest
+import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,6 +308,31 @@ def test_a_plan_of_a_million_samples_is_there_at_once():
     assert plan.num_steps == 125_000
     assert len(plan.rows(124_999, 7)) == 1
 
+
+# --- documentation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["plan", "mixture"])
+def test_the_examples_of_the_modules_are_true(module):
+    result = doctest.testmod(importlib.import_module(f"phi3v_train.{module}"))
+    assert result.attempted > 1
+    assert result.failed == 0
+
+
+def test_the_examples_of_the_page_are_true():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data-order.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names = {}
+    for number, block in enumerate(blocks):
+        test = doctest.DocTestParser().get_doctest(block, names, f"block {number}", None, 0)
+        runner = doctest.DocTestRunner()
+        runner.run(test, clear_globs=False)
+        names = test.globs
+        assert (runner.tries > 0, runner.failures) == (True, 0)
+    assert len(blocks) == 3
+
+
+# --- identity -------------------------------------------------------------------------------------
 
 SETTINGS = PlanSettings("data", "tokenizer", 4, CAPACITY, 0, 16)
 
