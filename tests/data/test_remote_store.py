@@ -134,13 +134,19 @@ def prefetch_threads() -> list[threading.Thread]:
 # --- requests and the cache
 
 
-@pytest.mark.parametrize("kind", ["s3", "memory"])
+@pytest.mark.parametrize("kind", ["s3", "http", "memory"])
 def test_ranges_are_the_bytes_of_the_shard(
-    request: pytest.FixtureRequest, settings: StoreSettings, kind: str
+    proxy: FaultyProxy, bucket: str, settings: StoreSettings, kind: str
 ) -> None:
-    folder = f"{request.getfixturevalue('bucket')}/train" if kind == "s3" else f"memory://{kind}/x"
+    folder = f"memory://{uuid.uuid4().hex}/train" if kind == "memory" else f"{bucket}/train"
     content = noise(6 * ROW)
     entry = put_shard(folder, content)
+    if kind == "http":
+        key, folder = folder, f"{proxy.url}/{folder.removeprefix('s3://')}"
+        with pytest.raises(ShardError, match=r"http://.* no access, check the credentials \(403"):
+            RemoteStore(folder, settings).ranges(entry, [(0, 9)])
+        file_system: Any = fsspec.filesystem("s3")
+        file_system.chmod(f"{key}/{entry.name}", "public-read")
     for download in ("ranges", "shards"):
         store = RemoteStore(f"{folder}/", replace(settings, download=download))
         assert read_all(store, entry) == expected_of(content, entry)
@@ -567,6 +573,31 @@ def test_kill_9_while_reading_costs_no_more_than_what_was_on_its_way(
     assert not list(folder.glob("parts/*"))
     assert len(proxy.asked) - num_asked == (2 if download == "ranges" else 4)
     store.close()
+
+
+def test_a_process_that_closes_nothing_ends_at_once(
+    proxy: FaultyProxy, bucket: str, settings: StoreSettings
+) -> None:
+    content = noise(20 * ROW)
+    entry = put_shard(bucket, content)
+    proxy.always = "slow"  # its threads are waiting when it ends
+    code = """
+import pickle, sys
+store, entry = pickle.load(sys.stdin.buffer)
+store.plan([(entry, [(50_000 * k, 100)]) for k in range(20)])
+print(store)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        input=pickle.dumps((RemoteStore(bucket, settings), entry)),
+        capture_output=True,
+        timeout=20,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode().strip() == f"RemoteStore({bucket!r})"
+    proxy.always = ""
+    assert read_all(RemoteStore(bucket, settings), entry) == expected_of(content, entry)
+    assert not [p for p in (settings.cache or Path()).glob("p*/*") if p.parent.name != "pieces"]
 
 
 # --- a reader on top

@@ -173,7 +173,8 @@ def _http_status(error: BaseException | None) -> int | None:
 def _reason(error: BaseException) -> str:
     said = (error.strerror if isinstance(error, OSError) else None) or str(error)
     reason = " ".join(said.split()) or type(error).__name__
-    if isinstance(error, PermissionError) or "redential" in reason:
+    is_refused = isinstance(error, PermissionError) or _http_status(error) in (401, 403)
+    if is_refused or "redential" in reason:
         return f"no access, check the credentials ({reason})"
     return reason
 
