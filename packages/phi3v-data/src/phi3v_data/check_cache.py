@@ -89,7 +89,7 @@ class CheckCache:
         """What is known of the file at `path`, with no links in it, while `status` is its state."""
         if self._connection is None:
             return None
-        key = self._prefix + os.fsencode(path)
+        key = self._prefix + path.encode("utf-8", "surrogateescape")
         with self._lock:
             try:
                 value = self._find(key)
@@ -122,7 +122,7 @@ class CheckCache:
             or not newest + FRESH_NS < time.time_ns()
         ):
             return
-        key = self._prefix + os.fsencode(path)
+        key = self._prefix + path.encode("utf-8", "surrogateescape")
         info = None if check.info is None else astuple(check.info)
         content = _encode(
             _Entry(check.kind, check.problem, check.cause, check.num_bytes, check.xxh3_64, info)
@@ -290,7 +290,7 @@ def _remove(path: Path) -> None:
 
 def _seal(key: bytes, status: os.stat_result, content: bytes) -> bytes:
     state = _STATE.pack(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return xxhash.xxh3_128_digest(b"".join((key, state, _versions(), content)))
+    return xxhash.xxh3_128_digest(key + state + _versions() + content)
 
 
 _STATE = struct.Struct("<qqq")

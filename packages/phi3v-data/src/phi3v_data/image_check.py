@@ -46,7 +46,6 @@ from phi3v_data.image_header import (
 )
 from phi3v_data.image_place import (
     MisplacedImage,
-    Place,
     find_place,
     open_place,
     other_path_on_disk,
@@ -128,20 +127,19 @@ def check_image(
         if cache is not None:
             place = find_place(base, path)
             if known := cache.get(place.real, place.status):
-                return _in_case_of_disk(known, place, base, path)
+                return _in_case_of_disk(known, base, path) if place.ignores_case else known
         descriptor, opened = open_place(base, path)
     except MisplacedImage as misplaced:
         return ImageCheck(misplaced.kind, str(misplaced), cause=misplaced.cause)
     check = _check_open(descriptor, opened.status.st_size, level)
     if cache is not None and place is not None:
         cache.put(place.real, place.status, check)
-    return _in_case_of_disk(check, opened, base, path)
+    return _in_case_of_disk(check, base, path) if opened.ignores_case else check
 
 
-def _in_case_of_disk(check: ImageCheck, place: Place, root: str, path: str) -> ImageCheck:
-    if place.ignores_case and (on_disk := other_path_on_disk(root, path)):
-        return msgspec.structs.replace(check, path_on_disk=on_disk)
-    return check
+def _in_case_of_disk(check: ImageCheck, root: str, path: str) -> ImageCheck:
+    on_disk = other_path_on_disk(root, path)
+    return msgspec.structs.replace(check, path_on_disk=on_disk) if on_disk else check
 
 
 # --- what it is -----------------------------------------------------------------------------------

@@ -62,24 +62,27 @@ def find_place(root: str, path: str) -> Place:
     if problem:
         raise MisplacedImage("outside", problem)
     file = f"{root}/{path}"
+    slash = file.rindex("/")
     try:
-        folder = _folder_of(root, file[: file.rindex("/")])
+        folder = _folder_of(root, file[:slash])
         status = os.lstat(file)
-        if stat.S_ISLNK(status.st_mode):
+        is_file = stat.S_ISREG(status.st_mode)
+        if not is_file and stat.S_ISLNK(status.st_mode):
             file = os.path.realpath(file)
-            folder = _folder_of(root, os.path.dirname(file))
+            slash = file.rindex("/")
+            folder = _folder_of(root, file[:slash])
             status = os.lstat(file)
+            is_file = stat.S_ISREG(status.st_mode)
     except (FileNotFoundError, NotADirectoryError):
         raise MisplacedImage("missing", "does not exist") from None
     except (OSError, UnicodeEncodeError) as error:
         raise MisplacedImage("missing", unreadable(error), "unreadable") from error
     if not folder.is_inside:
         raise MisplacedImage("outside", "is a link that leads out of the image root")
-    if not stat.S_ISREG(status.st_mode):  # a folder, a pipe that would block, links in a circle
+    if not is_file:  # a folder, a pipe that would block, links in a circle
         is_circle = stat.S_ISLNK(status.st_mode)
         raise MisplacedImage("missing", "does not exist" if is_circle else "is not a file")
-    real = f"{folder.real}/{file[file.rindex('/') + 1 :]}"
-    return Place(file, real, status, folder.ignores_case)
+    return Place(file, folder.real + file[slash:], status, folder.ignores_case)
 
 
 # Without O_NOFOLLOW a file that is exchanged for a link just now would be followed; without
@@ -113,9 +116,7 @@ def open_place(root: str, path: str) -> tuple[int, Place]:
     if folder is not None and descriptor is not None:
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode):
-            return descriptor, Place(
-                file, f"{folder.real}{file[slash:]}", status, folder.ignores_case
-            )
+            return descriptor, Place(file, folder.real + file[slash:], status, folder.ignores_case)
         os.close(descriptor)
     place = find_place(root, path)
     try:
