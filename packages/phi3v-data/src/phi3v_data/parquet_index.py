@@ -307,7 +307,7 @@ def _check_columns(path: Path, file: pq.ParquetFile) -> None:
             f"got {', '.join(names)}"
         )
     images = file.schema_arrow.field("images").type
-    struct_ = getattr(images, "value_type", None)
+    struct_: Any = getattr(images, "value_type", None)
     fields: list[pa.Field] = struct_.fields if isinstance(struct_, pa.StructType) else []
     if not {"bytes", "path"} <= {field.name for field in fields}:
         raise ShardError(
