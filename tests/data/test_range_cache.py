@@ -296,7 +296,7 @@ def test_processes_that_write_at_once_keep_the_limit_and_read_whole_pieces(
 ) -> None:
     code = """
 import random
-for _ in range(400):
+for _ in range(150):
     number = random.randrange(12)
     content = cache.read(key_of(number))
     assert content is None or content == content_of(number)

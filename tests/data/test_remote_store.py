@@ -617,7 +617,8 @@ def local_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         turn = Turn(images=names, user=f"What is it? {i}", assistant="noise")
         samples.append(Sample(id=f"s{i}", source="toy", conversations=(turn,)))
     write_samples(tmp_path / "train.jsonl", samples)
-    write_shards([tmp_path / "train.jsonl"], tmp_path / "shards", shard_bytes=12_000)
+    file = tmp_path / "train.jsonl"
+    write_shards([file], tmp_path / "shards", shard_bytes=12_000, num_workers=1)
     return tmp_path / "shards"
 
 
