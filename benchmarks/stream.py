@@ -157,13 +157,16 @@ class Made:
 def make(case: Case, folder: Path, num_samples: int) -> Made:
     """Draw the pictures and write the samples in every form."""
     whole = case.picture()
-    pictures = [to_jpeg(_shifted(whole, number)) for number in range(VARIANTS)]
+    pictures = [
+        to_jpeg(_shifted(whole, number))
+        for number in range(min(VARIANTS, num_samples * case.images_per_sample))
+    ]
     samples: list[Sample] = []
     (folder / "images").mkdir(parents=True)
     for number in range(num_samples):
         names = [f"{number}-{place}.jpg" for place in range(case.images_per_sample)]
         for place, name in enumerate(names):
-            (folder / "images" / name).write_bytes(pictures[(number + place) % VARIANTS])
+            (folder / "images" / name).write_bytes(pictures[(number + place) % len(pictures)])
         turn = Turn(images=tuple(names), user=case.question, assistant=f"Answer {number % 60}")
         samples.append(Sample(id=f"s{number}", source="made", conversations=(turn,)))
     made = Made(folder, samples)
