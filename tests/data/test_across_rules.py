@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 from phi3v_data import validate, write_samples
-from phi3v_data.checked_lines import LINE_RULES, ReportBuilder, check
+from phi3v_data.checked_lines import LINE_RULES, check
 from phi3v_data.diagnostics import Diagnostic, Label
 from phi3v_data.rules import select_rules
 from phi3v_data.rules.across import group_of
 from phi3v_data.schema import Sample, Turn
 from PIL import Image
+
+from tests.data.line_report import ReportBuilder
 
 
 @pytest.fixture

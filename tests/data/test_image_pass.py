@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from phi3v_data import validate, write_samples
-from phi3v_data.checked_lines import LINE_RULES, MAX_PER_RULE, ReportBuilder, check
+from phi3v_data.checked_lines import LINE_RULES, MAX_PER_RULE, check
 from phi3v_data.rules import Context, Finding, select_rules
 from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample, Turn
 from PIL import Image
+
+from tests.data.line_report import ReportBuilder
 
 
 @pytest.fixture

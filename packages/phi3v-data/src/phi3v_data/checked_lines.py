@@ -4,22 +4,24 @@
         checked.sample        # None if there is any error
         checked.diagnostics
 
-The shard writer stores what this yields. `phi3v_data.validate` runs the same rules over whole files
-at once, and is faster where nobody needs the samples.
+For whoever needs the samples one by one, to show or to repair them. `phi3v_data.validate` runs the
+same rules over whole files at once, is faster, and is the verdict on a data set: it also knows of
+blank lines, and of what shows across samples only.
 """
 
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from phi3v_data.block_check import diagnostic, parse
-from phi3v_data.diagnostics import Diagnostic, Report
+from phi3v_data.diagnostics import Diagnostic
 from phi3v_data.image_check import ImageCheck, check_image
 from phi3v_data.jsonl import byte_order_mark, default_image_root, read_lines
 from phi3v_data.rules import RULES, Context, Line
+from phi3v_data.rules.parse import UnfinishedLine
 from phi3v_data.rules.rule import Rule
 from phi3v_data.schema import Sample
 from phi3v_data.worker_pool import num_cores
@@ -185,7 +187,7 @@ def _check(
         for path in paths:
             root = images if images is not None else default_image_root(path)
             has_root = root.is_dir()
-            for number, content in read_lines(path):
+            for number, content, is_unfinished in _lines(path):
                 position += len(content) + 1
                 sample, error = parse(content)
                 num_before = len(images_started)
@@ -199,7 +201,7 @@ def _check(
                             else ImageCheck("no_root")
                         )
                     of_line[image] = images_started[key]
-                line = Line(content, number, error)
+                line = (UnfinishedLine if is_unfinished else Line)(content, number, error)
                 num_new = len(images_started) - num_before
                 window.append(_Pending(path, line, sample, root, of_line, num_new, position))
                 if len(window) >= WINDOW_LINES:
@@ -214,6 +216,19 @@ def _check(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """Number and content of each line, and whether the file ends in it, without a line break."""
+    last: tuple[int, bytes] | None = None
+    for line in read_lines(path):
+        if last is not None:
+            yield *last, False
+        last = line
+    if last is not None:
+        with open(path, "rb") as file:
+            file.seek(-len(last[1]), os.SEEK_END)
+            yield *last, file.read() == last[1]
+
+
 def missing_root(file: str, root: Path) -> Diagnostic:
     """One finding for all images of a file."""
     return Diagnostic(
@@ -224,64 +239,3 @@ def missing_root(file: str, root: Path) -> Diagnostic:
         file=file,
         line=None,
     )
-
-
-class ReportBuilder:
-    """Counts what `check` yields, and keeps a bounded part of it."""
-
-    def __init__(self, rules: tuple[Rule, ...]) -> None:
-        self._rules = rules
-        self._counts: Counter[str] = Counter()
-        self._kept: list[Diagnostic] = []
-        self._num_kept: Counter[str] = Counter()
-        self._num_lines = 0
-        self._num_valid = 0
-        self._num_images = 0
-        self._found_in: Counter[str] = Counter()  # file -> images found
-        self._missing_in: Counter[str] = Counter()  # file -> findings of missing images
-        self._first_missing: dict[str, tuple[Path, str]] = {}
-
-    def add(self, checked: Checked) -> None:
-        """Count one line."""
-        self._num_lines += 1
-        self._num_valid += checked.sample is not None
-        self._num_images += checked.num_new_images
-        self._found_in[checked.file] += sum(
-            image.kind in ("ok", "undecodable") for image in checked.images
-        )
-        for found in checked.diagnostics:
-            self._counts[found.code] += 1
-            if found.code == "I101" and found.line is not None:
-                self._missing_in[checked.file] += 1
-                self._first_missing.setdefault(checked.file, (checked.image_root, found.message))
-            if self._num_kept[found.code] < MAX_PER_RULE:
-                self._num_kept[found.code] += 1
-                self._kept.append(found)
-
-    def report(self, files: list[str]) -> Report:
-        """What was found. Where a file has many images and all are missing, that is one finding."""
-        kept, counts = self._kept, Counter(self._counts)
-        for file, num_missing in self._missing_in.items():
-            if num_missing > 1 and not self._found_in[file]:
-                root, first = self._first_missing[file]
-                counts["I101"] -= num_missing - 1
-                kept = [d for d in kept if not (d.code == "I101" and d.file == file)]
-                kept.append(
-                    replace(
-                        missing_root(file, root),
-                        message=f"none of its images is under {os.fspath(root)!r} "
-                        f"({num_missing} findings); the first: {first}",
-                    )
-                )
-        order = {file: number for number, file in enumerate(files)}
-        kept = sorted(kept, key=lambda d: (order.get(d.file, 0), d.line or 0))
-        return Report(
-            files=tuple(files),
-            num_lines=self._num_lines,
-            num_valid=self._num_valid,
-            num_images=self._num_images,
-            counts={rule.code: counts[rule.code] for rule in self._rules if counts[rule.code]},
-            diagnostics=tuple(kept),
-            rules=tuple(rule.code for rule in self._rules),
-            severities={rule.code: rule.severity for rule in self._rules},
-        )

@@ -23,7 +23,7 @@ little-endian). All other leaves are zstd with statistics. Every page has a chec
 **index.arrow** is an Arrow IPC file, `rows_per_batch` rows a record batch, with the columns
 
     id, source: string
-    sample: string              the sample as a line of JSONL
+    sample: large string        the sample as a line of JSONL
     shard: uint32               number of the Parquet file
     images: list<struct<offset: uint64, length: uint64, width: uint32, height: uint32,
                         xxh3_64: uint64>>
