@@ -153,7 +153,7 @@ def test_verify_says_what_is_no_shard_directory():
     result = run("verify", "images")
 
     assert result.exit_code == 1
-    assert "images: has no manifest.json; expected a directory written by" in result.output
+    assert "images: has no manifest.json; expected a directory written by" in result.stderr
     assert run("verify", "nowhere").exit_code == 2
 
 

@@ -255,9 +255,12 @@ def _print_verified(result: "Verified") -> None:
             f"{count(result.num_shards, 'shard')}, all as written{read}"
         )
         return
+    if not result.findings[0].file:  # there is nothing to compare with
+        problem = result.findings[0].problem
+        click.echo(printable(f"Error: {result.directory}: {problem}"), err=True)
+        return
     for finding in result.findings:
-        place = f"{result.directory}/{finding.file}" if finding.file else result.directory
-        click.echo(printable(f"{place}: {finding.problem}"))
+        click.echo(printable(f"{result.directory}/{finding.file}: {finding.problem}"))
     more = "" if result.num_findings == len(result.findings) else ", the rest not named"
     click.echo(f"{count(result.num_findings, 'problem')}{more}: write it again")
 
