@@ -143,7 +143,7 @@ def test_shards_of_another_version_are_refused_by_every_command(work: Path) -> N
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
     before = files_under(work)
     for result in (run(phi3v_data, "verify", work / "shards"), launch(work), evaluate(work)):
-        assert_one_line(result, 1, "version 99", "this program reads 1", "phi3v-data shard")
+        assert_one_line(result, 1, "version 99", "this program reads 2", "phi3v-data shard")
     assert files_under(work) == before
 
 
@@ -230,7 +230,7 @@ def test_a_checkpoint_folder_that_is_none_is_refused(work: Path, there: bool) ->
     [
         ("{", "is damaged"),
         ("{}", "is damaged"),
-        ('{"format_version": 99}', "checkpoint format 99, this program reads 1"),
+        ('{"format_version": 99}', "checkpoint format 99, this program reads 2"),
         ("[]", "is damaged"),
         ('{"format_version": 1}', "is damaged"),
     ],
