@@ -159,7 +159,6 @@ def test_what_workers_noted_is_there_in_the_next_run(root: Path, num_workers: in
     connection.close()
 
     assert number == 150
-    assert not list((root / "cache" / "phi3v-data").glob("*-wal"))  # every process closed it
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

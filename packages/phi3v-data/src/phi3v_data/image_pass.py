@@ -28,6 +28,7 @@ from phi3v_data.block_check import diagnostic, parse
 from phi3v_data.checked_lines import MAX_PER_RULE, missing_root
 from phi3v_data.diagnostics import Diagnostic
 from phi3v_data.image_check import ImageCheck, Level, check_image
+from phi3v_data.images import formats_of_extension
 from phi3v_data.jsonl import read_lines
 from phi3v_data.quick_sample import QuickSample
 from phi3v_data.rules import RULES, Context
@@ -259,6 +260,7 @@ class ImagePass:
         num_kept: Counter[str] = Counter()
         for number, sample in _samples_with(file.file, odd):
             named = [odd[path] for path in sample.images if path in odd]
+            codes = {code for one in named for code in one.codes}
             context = Context(
                 file=file.file,
                 line_number=number,
@@ -274,6 +276,8 @@ class ImagePass:
             )
             for rule in rules:
                 code = rule.code
+                if code not in codes:
+                    continue
                 is_trait = code in TRAITS and rule.severity == "warning"
                 if is_trait and num_kept[code] >= MAX_PER_RULE:
                     num_more = sum(code in one.codes for one in named)
@@ -348,10 +352,19 @@ def _check_batch(batch: _Batch) -> _BatchResult:
     # A rule of another package may look at all that a sample has: it gets every image.
     others = tuple(rule.code for rule in batch.rules if rule.code not in _OUR_CODES)
     result = _BatchResult([], {}, {}, "")
+    root = Path(batch.root)
+    codes_of_alike: dict[object, tuple[str, ...]] = {}
     for path in batch.paths:
-        check = check_image(Path(batch.root), path, batch.level, checks)
+        check = check_image(root, path, batch.level, checks)
         result.hashes.append(check.xxh3_64)
-        ours = () if is_plain(path, check, batch.num_crops) else _codes(path, check, batch)
+        ours = ()
+        if not is_plain(path, check, batch.num_crops):
+            # What our rules go by: many images of a data set are alike in it.
+            promised = formats_of_extension(path)
+            alike = (check.kind, check.cause, check.info, promised, bool(check.path_on_disk))
+            ours = codes_of_alike.get(alike)
+            if ours is None:
+                ours = codes_of_alike[alike] = _codes(path, check, batch)
         if ours or others:
             result.odd[path] = _Odd((*others, *ours), check)
         if batch.takes_looks and check.kind == "ok":

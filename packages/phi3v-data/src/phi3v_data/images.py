@@ -22,7 +22,6 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
@@ -323,4 +322,4 @@ _EXTENSIONS = {
 
 def formats_of_extension(path: str) -> tuple[str, ...]:
     """The formats a file name promises; empty where its extension promises nothing."""
-    return _EXTENSIONS.get(Path(path).suffix.lower(), ())
+    return _EXTENSIONS.get(os.path.splitext(path)[1].lower(), ())
