@@ -28,6 +28,7 @@ def best_fit_decreasing(lengths):
     return len(rooms)
 
 
+@settings(max_examples=50, deadline=None)
 @given(tables, worlds)
 def test_every_sample_has_a_row_and_no_row_is_over_capacity(steps, world_size):
     deal = dealt(steps, world_size)
@@ -41,6 +42,7 @@ def test_every_sample_has_a_row_and_no_row_is_over_capacity(steps, world_size):
         assert min(rooms) >= 0
 
 
+@settings(max_examples=50, deadline=None)
 @given(tables, worlds)
 def test_no_rank_runs_more_rows_than_best_fit_decreasing_spread_over_them(steps, world_size):
     deal = dealt(steps, world_size)
@@ -48,6 +50,7 @@ def test_no_rank_runs_more_rows_than_best_fit_decreasing_spread_over_them(steps,
         assert rows_per_rank <= max(1, -(-best_fit_decreasing(lengths) // world_size))
 
 
+@settings(max_examples=50, deadline=None)
 @given(tables)
 def test_no_packing_has_fewer_rows_than_the_bound(steps):
     for lengths in steps:
@@ -61,6 +64,7 @@ def test_the_bound_counts_samples_of_which_few_share_a_row():
     assert fewest_rows(np.array([[25] * 8]), CAPACITY) == 2
 
 
+@settings(max_examples=40, deadline=None)
 @given(tables, worlds)
 def test_a_step_is_dealt_alike_alone_and_beside_others(steps, world_size):
     together = dealt(steps, world_size)
@@ -70,7 +74,7 @@ def test_a_step_is_dealt_alike_alone_and_beside_others(steps, world_size):
         assert alone.row[0].tolist() == together.row[number, : len(lengths)].tolist()
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 8))
 def test_ranks_differ_by_no_more_than_the_dearest_sample_where_rows_have_room(seed, world_size):
     random = np.random.default_rng(seed)

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from phi3v_train.epoch_order import (
     Shards,
@@ -76,6 +76,7 @@ def test_a_sample_comes_at_any_place_of_the_epoch_over_the_seeds():
     assert counts.max() < 145
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sets(st.integers(0, 99), min_size=1), seeds)
 def test_leaving_a_sample_out_moves_no_other(samples, seed):
     everything = epoch_order(np.arange(100), seed=seed, epoch=0).tolist()
@@ -83,6 +84,7 @@ def test_leaving_a_sample_out_moves_no_other(samples, seed):
     assert some == [i for i in everything if i in samples]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 20), max_size=40), seeds)
 def test_a_sample_that_is_there_twice_is_visited_twice(samples, seed):
     order = epoch_order(np.array(samples, np.int64), seed=seed, epoch=0).tolist()
@@ -100,6 +102,7 @@ def test_the_visits_of_a_sample_lie_apart():
 # --- windowed ------------------------------------------------------------------------------------
 
 
+@settings(max_examples=50, deadline=None)
 @given(shard_lists(), seeds, epochs)
 def test_made_shard_by_shard_it_is_the_same_order(shards, seed, epoch):
     total = sum(shards.sizes)
@@ -109,6 +112,7 @@ def test_made_shard_by_shard_it_is_the_same_order(shards, seed, epoch):
     assert sorted(whole.tolist()) == list(range(total))
 
 
+@settings(max_examples=40, deadline=None)
 @given(shard_lists(), seeds, st.data())
 def test_leaving_a_sample_out_of_a_window_moves_no_other(shards, seed, data):
     total = sum(shards.sizes)
@@ -118,6 +122,7 @@ def test_leaving_a_sample_out_of_a_window_moves_no_other(shards, seed, data):
     assert some == [i for i in everything if i in kept]
 
 
+@settings(max_examples=50, deadline=None)
 @given(shard_lists(), seeds)
 def test_a_shard_is_needed_no_longer_than_the_window(shards, seed):
     begin, begins = 0, {}

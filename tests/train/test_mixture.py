@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from phi3v_train.mixture import mixture_counts, mixture_samples
 
@@ -27,6 +27,7 @@ def source_counts(samples, sizes):
     return np.histogram(samples, [0, *np.cumsum(sizes)])[0] if len(samples) else np.zeros(0)
 
 
+@settings(max_examples=50, deadline=None)
 @given(mixtures())
 def test_the_counts_are_the_shares_to_less_than_one_and_their_sum_is_the_epoch(mixture):
     counts = mixture_counts(**mixture)
@@ -59,6 +60,7 @@ def test_without_weights_an_epoch_is_every_sample_once():
     assert samples.tolist() == list(range(12))
 
 
+@settings(max_examples=50, deadline=None)
 @given(mixtures(), seeds, st.integers(0, 3))
 def test_every_epoch_has_exactly_the_counts(mixture, seed, epoch):
     samples = mixture_samples(**mixture, seed=seed, epoch=epoch)
@@ -67,6 +69,7 @@ def test_every_epoch_has_exactly_the_counts(mixture, seed, epoch):
     assert source_counts(samples, mixture["sizes"]).tolist() == counts.tolist()
 
 
+@settings(max_examples=50, deadline=None)
 @given(mixtures(), seeds, st.integers(1, 6))
 def test_visits_of_a_source_differ_by_at_most_one_in_an_epoch_and_over_epochs(
     mixture, seed, num_epochs
@@ -92,6 +95,7 @@ def test_another_seed_takes_other_samples():
     assert len(drawn) == 9
 
 
+@settings(max_examples=40, deadline=None)
 @given(mixtures(), seeds, st.data())
 def test_only_usable_samples_occur_and_a_source_is_as_large_as_its_usable_part(mixture, seed, data):
     sizes = mixture["sizes"]

@@ -45,6 +45,7 @@ def all_rows(plan):
     return [plan.rows(k, r) for k in range(plan.num_steps) for r in range(plan.world_size)]
 
 
+@settings(max_examples=50, deadline=None)
 @given(lengths, arguments)
 def test_every_sample_is_seen_exactly_once_an_epoch(num_tokens, arguments):
     plan = plan_of(num_tokens, **arguments)
@@ -52,12 +53,14 @@ def test_every_sample_is_seen_exactly_once_an_epoch(num_tokens, arguments):
     assert sorted(seen) == list(range(len(num_tokens)))
 
 
+@settings(max_examples=50, deadline=None)
 @given(lengths, arguments)
 def test_no_row_is_over_capacity(num_tokens, arguments):
     for rows in all_rows(plan_of(num_tokens, **arguments)):
         assert all(sum(num_tokens[i] for i in row) <= CAPACITY for row in rows)
 
 
+@settings(max_examples=50, deadline=None)
 @given(lengths, arguments)
 def test_all_ranks_run_equally_many_rows_and_at_least_one(num_tokens, arguments):
     plan = plan_of(num_tokens, **arguments)
@@ -67,6 +70,7 @@ def test_all_ranks_run_equally_many_rows_and_at_least_one(num_tokens, arguments)
         assert counts != {0}
 
 
+@settings(max_examples=50, deadline=None)
 @given(lengths, arguments, st.integers(1, 5))
 def test_a_step_holds_the_same_samples_whatever_the_world_size(num_tokens, arguments, other):
     plan = plan_of(num_tokens, **arguments)
@@ -81,6 +85,7 @@ def _union(plan, step):
     return sorted(i for rank in ranks for row in plan.rows(step, rank) for i in row)
 
 
+@settings(max_examples=50, deadline=None)
 @given(lengths, arguments)
 def test_a_step_holds_the_same_samples_whatever_the_capacity(num_tokens, arguments):
     plan, wider = (plan_of(num_tokens, **arguments, max_tokens_per_row=c) for c in (1000, 5000))
@@ -89,6 +94,7 @@ def test_a_step_holds_the_same_samples_whatever_the_capacity(num_tokens, argumen
     ]
 
 
+@settings(max_examples=50, deadline=None)
 @given(lengths, arguments)
 def test_steps_asked_for_in_any_order_are_the_same(num_tokens, arguments):
     plan, other = plan_of(num_tokens, **arguments), plan_of(num_tokens, **arguments)
@@ -96,6 +102,7 @@ def test_steps_asked_for_in_any_order_are_the_same(num_tokens, arguments):
     assert [other.step_rows(k) for k in reversed(range(plan.num_steps))] == forwards[::-1]
 
 
+@settings(max_examples=50, deadline=None)
 @given(lengths, arguments)
 def test_only_the_last_step_may_be_smaller(num_tokens, arguments):
     plan = plan_of(num_tokens, **arguments)
@@ -173,6 +180,7 @@ def test_crops_count_when_samples_are_dealt():
 # --- batches in label tokens, mixtures, windows ---------------------------------------------------
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 30), max_size=60), arguments)
 def test_a_step_is_the_shortest_run_that_holds_the_label_tokens(labels, arguments):
     plan = plan_of(
@@ -213,6 +221,7 @@ def test_a_batch_in_label_tokens_needs_some_of_every_sample():
         plan_of([5, 6], num_label_tokens=[1])
 
 
+@settings(max_examples=50, deadline=None)
 @given(arguments, st.integers(1, 60))
 def test_a_sample_drawn_twice_is_visited_twice(arguments, epoch_size):
     drawn = mixture_samples([7, 5], weights=[1, 3], epoch_size=epoch_size, seed=0, epoch=0)
@@ -222,6 +231,7 @@ def test_a_sample_drawn_twice_is_visited_twice(arguments, epoch_size):
     assert plan.num_dropped == 12 - len(set(drawn.tolist()))
 
 
+@settings(max_examples=50, deadline=None)
 @given(arguments)
 def test_a_windowed_plan_visits_the_samples_in_the_windowed_order(arguments):
     shards = Shards([10, 0, 20, 5], [100, 1, 200, 50], 120)
@@ -257,6 +267,7 @@ def test_the_summary_counts_rows_dummies_and_tokens():
     assert plan_of([1000], world_size=3).summary().num_empty_rows == 2
 
 
+@settings(max_examples=50, deadline=None)
 @given(lengths, arguments)
 def test_the_summary_is_what_the_rows_add_up_to(num_tokens, arguments):
     crops = [length // 144 for length in num_tokens]
@@ -289,7 +300,7 @@ def test_what_was_not_told_is_not_summed():
     assert (summary.num_label_tokens, summary.images_per_rank) == (None, None)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000))
 def test_ranks_carry_nearly_the_same_where_the_batch_allows_it(seed):
     random = np.random.default_rng(seed)

@@ -28,7 +28,7 @@ def test_it_prints_three_tables_and_writes_them_as_json(
     benchmark: ModuleType, tmp_path: Path
 ) -> None:
     file = tmp_path / "plan.json"
-    arguments = ["--samples", "200000", "--mix_samples", "1100", "--shards", "200"]
+    arguments = ["--samples", "50000", "--mix_samples", "600", "--shards", "100"]
     result = CliRunner().invoke(benchmark.main, [*arguments, "--json", str(file)])
     content = json.loads(file.read_text())
     lines = result.output.splitlines()
@@ -66,3 +66,12 @@ def test_mixing_of_the_files_themselves_is_none(benchmark: ModuleType) -> None:
     mixing, distinct = benchmark.measure_mixing("files", np.arange(1000), 10, 50, 10.0)
     assert (mixing.correlation, mixing.mix, distinct) == (pytest.approx(1), 0.1, 1)
     assert mixing.live == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_ten_million_samples_are_planned_in_a_minute_of_one_core_and_two_gigabytes(
+    benchmark: ModuleType,
+) -> None:
+    cost = benchmark.measure_cost("plan and summary", 10_000_000, 64, 8)
+    assert cost.cpu_seconds < 60
+    assert cost.peak_bytes < 2e9

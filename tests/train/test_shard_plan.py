@@ -50,6 +50,7 @@ def planned(shards, lengths, **changes):
     )
 
 
+@settings(max_examples=50, deadline=None)
 @given(data_sets(), arguments, st.sampled_from(["samples", "label_tokens"]))
 def test_steps_and_rows_are_those_of_the_plan_made_at_once(data_set, arguments, unit):
     shards, lengths = data_set
@@ -83,6 +84,7 @@ def test_many_steps_at_a_time_are_the_same_too():
     assert steps[900].rows == whole.step_rows(900)
 
 
+@settings(max_examples=50, deadline=None)
 @given(data_sets(), arguments, st.integers(0, 12), st.sampled_from(["samples", "label_tokens"]))
 def test_a_later_start_leaves_out_the_steps_before_it(data_set, arguments, start, unit):
     arguments = {**arguments, "global_batch_unit": unit}
@@ -90,6 +92,7 @@ def test_a_later_start_leaves_out_the_steps_before_it(data_set, arguments, start
     assert list(planned(*data_set, **arguments, start=start)) == everything[start:]
 
 
+@settings(max_examples=50, deadline=None)
 @given(data_sets(), arguments)
 def test_overlong_samples_are_dropped_where_asked_for(data_set, arguments):
     shards, lengths = data_set
@@ -145,7 +148,7 @@ def test_memory_does_not_grow_with_the_data_set():
             lambda _: ShardMeasures(lengths, lengths),
             seed=0,
             epoch=0,
-            global_batch_size=16,
+            global_batch_size=64,
             world_size=1,
             max_tokens_per_row=CAPACITY,
         )
@@ -198,7 +201,7 @@ def test_a_batch_in_label_tokens_needs_them_of_every_shard():
         next(steps)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(data_sets())
 def test_every_sample_is_planned_exactly_once(data_set):
     seen = sorted(i for s in planned(*data_set, world_size=3) for i in s.samples)
