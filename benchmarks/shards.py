@@ -355,7 +355,7 @@ def measure(sides: Sequence[str], num_samples: int, rounds: int, folder: Path) -
         if side in WRITERS:
             call_writer(side, folder / side)
     cases = [(side, 0) for side in sides]
-    if has_package("torch"):
+    if any(side in WORKER_TARGETS for side in sides) and has_package("torch"):
         cases += [(side, NUM_WORKERS) for side in sides if side == "ours" or side in WORKER_TARGETS]
     runs: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
     for number in range(rounds):
