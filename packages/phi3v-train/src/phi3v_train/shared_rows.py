@@ -5,8 +5,8 @@
 
 The memory is a `memfd`: it has no name, so that nothing is left in /dev/shm whoever dies when, it
 is not bound by the size of /dev/shm (64 MB in many containers), and it is gone when the last tensor
-on it is. (Shared tensors of torch.multiprocessing have a name for a moment or for long, by strategy,
-and are bound by it.)
+on it is. (Shared tensors of torch.multiprocessing have a name for a moment or for long, depending
+on their strategy, and are bound by it.)
 
     | 8,129,024 bytes of arrays, each at a multiple of 64 | a pickle: where each is, and the rest |
 """
