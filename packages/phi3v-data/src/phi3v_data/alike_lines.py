@@ -71,8 +71,8 @@ class AlikeLines:
     stops: Places
     """Where it stops."""
 
-    unescaped: dict[tuple[int, int], bytes]
-    """(line, value) → its text as UTF-8, where it is written with escapes."""
+    unescaped: dict[int, dict[int, bytes]]
+    """Value → line → its text as UTF-8, where it is written with escapes."""
 
     _texts: dict[int, list[bytes]] = field(default_factory=dict[int, list[bytes]])
 
@@ -83,9 +83,8 @@ class AlikeLines:
         if texts is None:
             content = self.content
             texts = [content[begin:stop] for begin, stop in self._spans(number)]
-            for (row, of), text in self.unescaped.items():
-                if of == number:
-                    texts[row] = text
+            for row, text in self.unescaped.get(number, {}).items():
+                texts[row] = text
             self._texts[number] = texts
         return texts
 
@@ -97,16 +96,15 @@ class AlikeLines:
         views: list[bytes | memoryview] = [
             content[begin:stop] for begin, stop in self._spans(number)
         ]
-        for (row, of), text in self.unescaped.items():
-            if of == number:
-                views[row] = text
+        for row, text in self.unescaped.get(number, {}).items():
+            views[row] = text
         return views
 
     def text(self, row: int, value: str) -> bytes:
         """A value of one line."""
         number = int(value)
         raw = self.content[int(self.begins[row, number]) : int(self.stops[row, number])]
-        return self.unescaped.get((row, number), raw)
+        return self.unescaped.get(number, {}).get(row, raw)
 
     def take(self, rows: Places) -> "AlikeLines":
         """Some of the lines."""
@@ -117,7 +115,10 @@ class AlikeLines:
             self.content,
             self.begins[rows],
             self.stops[rows],
-            {(place[r], v): text for (r, v), text in self.unescaped.items() if r in place},
+            {
+                number: {place[row]: text for row, text in of_value.items() if row in place}
+                for number, of_value in self.unescaped.items()
+            },
         )
 
     def _spans(self, number: int) -> Iterator[tuple[int, int]]:
@@ -250,9 +251,10 @@ def _unescape(group: AlikeLines, backslashes: Places, loose: list[int]) -> Alike
         rows = np.flatnonzero(is_written[:, number])
         begins, stops = group.begins[rows, number] - 1, group.stops[rows, number] + 1
         spans = zip(rows.tolist(), begins.tolist(), stops.tolist(), strict=True)
+        of_value = group.unescaped[number] = {}
         for row, begin, stop in spans:
             try:
-                group.unescaped[row, number] = _decode_text(content[begin:stop]).encode()
+                of_value[row] = _decode_text(content[begin:stop]).encode()
             except (msgspec.DecodeError, UnicodeError):
                 faulty.add(row)
     if not faulty:
