@@ -34,7 +34,7 @@ MAX_MISSES = 2
 """Shapes of fewer lines, until the rest of those with as many quotes is decoded one by one."""
 
 _NONE = np.zeros(0, dtype=np.int64)
-_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_BACKSLASH = ord("\\")
 
 _decode_shape: Callable[[bytes], QuickSample] = msgspec.json.Decoder(QuickSample).decode
 _decode_text: Callable[[bytes], str] = msgspec.json.Decoder(str).decode
@@ -88,18 +88,6 @@ class AlikeLines:
             self._texts[number] = texts
         return texts
 
-    def views(self, value: str) -> "list[bytes | memoryview]":
-        """`texts` without a copy, where there is none."""
-        if int(value) in self._texts:
-            return [*self._texts[int(value)]]
-        content, number = memoryview(self.content), int(value)
-        views: list[bytes | memoryview] = [
-            content[begin:stop] for begin, stop in self._spans(number)
-        ]
-        for row, text in self.unescaped.get(number, {}).items():
-            views[row] = text
-        return views
-
     def text(self, row: int, value: str) -> bytes:
         """A value of one line."""
         number = int(value)
@@ -127,7 +115,13 @@ class AlikeLines:
 
 
 def find_alike(
-    content: bytes, array: Bytes, starts: Places, ends: Places, candidates: Places, is_utf8: bool
+    content: bytes,
+    array: Bytes,
+    starts: Places,
+    ends: Places,
+    quotes: Places,
+    candidates: Places,
+    is_utf8: bool,
 ) -> tuple[list[AlikeLines], list[int]]:
     """Group lines by their shape.
 
@@ -136,6 +130,7 @@ def find_alike(
         array: its bytes.
         starts: where its lines start.
         ends: where they end, line break excluded.
+        quotes: where all double quotes are.
         candidates: the lines to group, ascending; none has control characters.
         is_utf8: whether all of the block is valid UTF-8.
 
@@ -143,7 +138,6 @@ def find_alike(
         Groups, and the candidates in none of them, ascending. Every line of a group is valid JSON
         of the schema's types.
     """
-    quotes: Places = np.flatnonzero(array == _QUOTE)
     has_escapes = b"\\" in content
     backslashes = np.flatnonzero(array == _BACKSLASH) if has_escapes else _NONE
     is_hard = np.zeros(len(starts), dtype=bool)

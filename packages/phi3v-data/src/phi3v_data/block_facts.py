@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
-import xxhash
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from phi3v_data.alike_lines import AlikeLines
 from phi3v_data.quick_sample import QuickSample
@@ -25,7 +25,7 @@ from phi3v_data.schema import Sample
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-_digest = xxhash.xxh3_64_intdigest
+_digest = xxh3_64_intdigest
 
 MAX_LABEL_BYTES = 4 * MAX_LABEL_CHARS
 
@@ -73,7 +73,7 @@ def gather(
     facts = BlockFacts()
     loose: dict[int, QuickSample | Sample] = {**scan.loose, **parsed}
     lines = [group.numbers for group in scan.alike]
-    ids = [_digests(group.views(group.shape.sample.id)) for group in scan.alike]
+    ids = [_digests(group.texts(group.shape.sample.id)) for group in scan.alike]
     if loose:
         lines.append(np.array(list(loose), dtype=np.int64))
         ids.append(_digests(_bytes(sample.id) for sample in loose.values()))
@@ -103,8 +103,8 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _digests(texts: "Iterable[bytes | memoryview]") -> Hashes:
-    return np.array([_digest(text) for text in texts], dtype=np.uint64)
+def _digests(texts: Iterable[bytes]) -> Hashes:
+    return np.frombuffer(b"".join(map(xxh3_64_digest, texts)), dtype=">u8").astype(np.uint64)
 
 
 # --- content: images, questions and answers, however they are written ----------------------------
@@ -131,13 +131,11 @@ def _contents(group: AlikeLines) -> Hashes:
     base = np.uint64(_BASE)
     for turn in group.shape.sample.conversations:
         for path in turn.images or ():
-            values = values * base + _digests(group.views(path))
+            values = values * base + _digests(group.texts(path))
         values = values * base + np.uint64(_TURN)
-        values = values * base + _digests(group.views(turn.user))
+        values = values * base + _digests(group.texts(turn.user))
         if turn.assistant:
-            answers = group.texts(turn.assistant)
-            known = {answer: _digest(answer) for answer in set(answers)}  # often few
-            values = values * base + np.array([known[answer] for answer in answers], np.uint64)
+            values = values * base + _digests(group.texts(turn.assistant))
         else:
             values = values * base + np.uint64(_UNANSWERED)
     return values

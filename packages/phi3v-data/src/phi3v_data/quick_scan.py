@@ -37,8 +37,8 @@ class Scan:
     """What a block holds."""
 
     content: bytes
-    starts: list[int]
-    ends: list[int]
+    starts: Places
+    ends: Places
     """Of each line, without its line break. Blank lines are here too."""
 
     suspects: list[int]
@@ -52,7 +52,7 @@ class Scan:
 
     def line(self, number: int) -> bytes:
         """A line without its line break."""
-        return self.content[self.starts[number] : self.ends[number]]
+        return self.content[int(self.starts[number]) : int(self.ends[number])]
 
 
 _decode: Callable[[bytes], QuickSample] = msgspec.json.Decoder(QuickSample).decode
@@ -76,8 +76,10 @@ def scan_block(
         is_start: whether the block begins a file: a byte order mark may be there.
     """
     array: Bytes = np.frombuffer(content, dtype=np.uint8)
-    is_break = array == _BREAK
-    ends: Places = np.flatnonzero(is_break)
+    # Looking for places takes longest, so both are looked for at once.
+    places: Places = np.flatnonzero((array == _BREAK) | (array == _QUOTE))
+    is_quote = array[places] == _QUOTE
+    ends, quotes = places[~is_quote], places[is_quote]
     num_breaks = len(ends)
     if content and content[-1] != _BREAK:
         ends = np.append(ends, len(array))
@@ -91,7 +93,7 @@ def scan_block(
     if num_breaks < len(ends):
         is_suspect[-1] = True  # perhaps cut off
     groups, rest = find_alike(
-        content, array, starts, ends, np.flatnonzero(~is_suspect), _is_utf8(content)
+        content, array, starts, ends, quotes, np.flatnonzero(~is_suspect), _is_utf8(content)
     )
     alike: list[AlikeLines] = []
     for group in groups:
@@ -101,7 +103,7 @@ def scan_block(
             group = group.take(np.delete(np.arange(len(group.numbers)), faulty))
         if len(group.numbers):
             alike.append(group)
-    scan = Scan(content, starts.tolist(), ends.tolist(), [], alike, {})
+    scan = Scan(content, starts, ends, [], alike, {})
     if rest:
         num_keys_of = _count_keys(array, ends)
         odd = set(_gaps_after_quotes(array, ends))

@@ -21,8 +21,8 @@ import numpy as np
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-MEMORY_ENTRIES = 1 << 18
-"""Held in memory, four megabytes; when there are more, all of them go to disk."""
+MEMORY_ENTRIES = 1 << 19
+"""Held in memory, eight megabytes; when there are more, all of them go to disk."""
 
 BUCKET_BITS = 6
 
