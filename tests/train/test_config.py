@@ -33,8 +33,12 @@ def error_of(*arguments) -> str:
 def test_defaults_are_those_of_the_recipe():
     config = load_config(None, REQUIRED)
     assert config.optim.model_dump() == {
+        "name": "adamw",
         "learning_rate": 4e-5,
+        "vision_lr": None,
+        "projector_lr": None,
         "weight_decay": 0.01,
+        "decay_on": "all",
         "betas": (0.9, 0.95),
         "eps": 1e-7,
         "max_grad_norm": 1.0,
@@ -42,7 +46,7 @@ def test_defaults_are_those_of_the_recipe():
         "warmup_steps": 50,
     }
     assert (config.train.global_batch_size, config.train.num_epochs) == (16, 1)
-    assert (config.method.lora.rank, config.method.lora.alpha) == (64, 128)
+    assert (config.method.lora.rank, config.method.lora.lora_alpha) == (64, 128)
     assert (config.data.num_crops, config.eval.max_new_tokens) == (16, 64)
 
 
@@ -117,7 +121,7 @@ def test_a_duplicate_key_names_both_lines(tmp_path):
         ("train.max_steps=1.5", "expected a whole number, got 1.5"),
         ("train.max_steps=true", "expected a whole number, got True"),
         ("eval.before=1", "expected true or false, got 1"),
-        ("method.name=lara", "expected 'full' or 'lora', got 'lara' (a text)"),
+        ("method.name=lara", "expected 'full', 'lora' or 'qlora', got 'lara' (a text)"),
         ("method.freeze=[vison]", "expected 'vision', 'projector' or 'llm', got 'vison' (a text)"),
         ("method.freeze=vision", "expected a list, got 'vision' (a text)"),
         ("method=lora", "expected a section with keys, got 'lora' (a text)"),

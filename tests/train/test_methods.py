@@ -4,17 +4,17 @@ from typing import Any
 import pytest
 import torch
 from phi3v_train.collator import Batch, collate
-from phi3v_train.config import MethodConfig
-from phi3v_train.engine import Engine, World
+from phi3v_train.config import MethodConfig, OptimConfig
 from phi3v_train.export import export_adapter
+from phi3v_train.lora import load_adapter
 from phi3v_train.methods import (
     TrainingModel,
     choose_precision,
-    load_adapter,
     load_model,
-    part_of,
     prepare,
 )
+from phi3v_train.model_parts import part_of
+from phi3v_train.optimizer import make_optimizer
 from safetensors.torch import load_file
 
 from tests.train.builders import fresh_model, open_toy
@@ -34,12 +34,14 @@ def row(tiny: Path, toy_shards: Path) -> Batch:
 
 
 def step(training: TrainingModel, row: Batch, rate: float = 1e-2) -> float:
-    engine = Engine(training.model, World(0, 1, CPU), training.autocast_dtype)
-    optimizer = torch.optim.AdamW(training.trainable.values(), lr=rate)
-    loss = engine.loss_sum(row, is_last=True)
-    engine.backward(loss / row.num_label_tokens, is_last=True)
-    assert all(p.grad is not None for p in training.trainable.values())
-    engine.step(optimizer, list(training.trainable.values()), 1.0)
+    """One update; every tensor that trains must get a gradient."""
+    optimizer = make_optimizer(training.trainable, OptimConfig(learning_rate=rate))
+    dtype = training.autocast_dtype
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        loss = training.model.train().packed_loss(row)
+    (loss / row.num_label_tokens).backward()
+    assert [name for name, p in training.trainable.items() if p.grad is None] == []
+    optimizer.step()
     return float(loss.detach())
 
 

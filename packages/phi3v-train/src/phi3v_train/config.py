@@ -77,31 +77,41 @@ class _Section(BaseModel):
 
 
 class LoraConfig(_Section):
-    """Low-rank adapters; read where `method.name` is `lora`."""
+    """Low-rank adapters; read where `method.name` is `lora` or `qlora`."""
 
     rank: Count = 64
     """Rank of every adapter."""
 
+    alpha: Count | None = None
+    """Scale of the adapters, divided by the rank; none: `alpha_ratio` says it."""
+
     alpha_ratio: Positive = 2.0
-    """Scale of the adapters: alpha = round(rank x alpha_ratio)."""
+    """Where `alpha` isn't set, it is round(rank x alpha_ratio)."""
 
     dropout: Fraction = 0.0
     """Dropout in front of every adapter."""
 
     targets: Annotated[Parts, Field(min_length=1)] = ("llm", "vision", "projector")
-    """Parts whose linear layers get an adapter. A part in `method.freeze` gets none."""
+    """Parts whose linear layers get an adapter; not those in `method.freeze` or `full`."""
+
+    full: Parts = ()
+    """Parts whose own weights train beside the adapters. They are saved with the adapter."""
+
+    extra: dict[str, Any] = {}
+    """More fields of PEFT's LoraConfig by name, for example `{use_rslora: true}`."""
 
     @property
-    def alpha(self) -> int:
+    def lora_alpha(self) -> int:
         """PEFT's `lora_alpha`."""
-        return round(self.rank * self.alpha_ratio)
+        return self.alpha or round(self.rank * self.alpha_ratio)
 
 
 class MethodConfig(_Section):
     """What trains."""
 
-    name: Literal["full", "lora"] = "full"
-    """`full` trains the weights themselves, `lora` trains adapters beside them."""
+    name: Literal["full", "lora", "qlora"] = "full"
+    """`full` trains the weights themselves, `lora` adapters beside them; `qlora` does that over
+    decoder layers kept in 4 bits."""
 
     freeze: Parts = ()
     """Parts that stay as they are."""
@@ -116,13 +126,53 @@ class MethodConfig(_Section):
     def _something_trains(self) -> "MethodConfig":
         if not self.trained_parts:
             raise ValueError("nothing is left to train; freeze fewer parts")
+        if self.has_adapters:
+            self._check_adapters()
         return self
+
+    def _check_adapters(self) -> None:
+        both = [part for part in self.lora.full if part in self.freeze]
+        if both:
+            raise ValueError(f"{both[0]} is in freeze and in lora.full; take it out of one of them")
+        if self.name == "qlora" and "llm" in self.lora.full:
+            raise ValueError(
+                "qlora keeps the language model in 4 bits, so lora.full can't name llm; "
+                "use method.name=lora"
+            )
+        if not self.adapter_parts:
+            raise ValueError(
+                "no part is left that gets an adapter; use method.name=full with method.freeze, or "
+                "add a part to lora.targets"
+            )
+        if not self.lora.lora_alpha:
+            raise ValueError(
+                f"lora.rank {self.lora.rank} x lora.alpha_ratio {self.lora.alpha_ratio} rounds to "
+                "alpha 0, and such adapters do nothing; set lora.alpha"
+            )
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters train, not only the model's own weights."""
+        return self.name != "full"
+
+    @property
+    def adapter_parts(self) -> tuple[Part, ...]:
+        """The parts that get adapters, in a fixed order."""
+        others = (*self.freeze, *self.lora.full)
+        wanted = self.lora.targets if self.has_adapters else ()
+        return tuple(p for p in typing.get_args(Part) if p in wanted and p not in others)
+
+    @property
+    def full_parts(self) -> tuple[Part, ...]:
+        """The parts whose own weights train, in a fixed order."""
+        wanted = self.lora.full if self.has_adapters else typing.get_args(Part)
+        return tuple(p for p in typing.get_args(Part) if p in wanted and p not in self.freeze)
 
     @property
     def trained_parts(self) -> tuple[Part, ...]:
-        """The parts that train, or that get adapters, in a fixed order."""
-        wanted = self.lora.targets if self.name == "lora" else typing.get_args(Part)
-        return tuple(p for p in typing.get_args(Part) if p in wanted and p not in self.freeze)
+        """The parts that train, one way or the other, in a fixed order."""
+        trained = {*self.adapter_parts, *self.full_parts}
+        return tuple(p for p in typing.get_args(Part) if p in trained)
 
 
 class SourceConfig(_Section):
@@ -196,13 +246,25 @@ class DataConfig(_Section):
 
 
 class OptimConfig(_Section):
-    """AdamW and its learning rate."""
+    """AdamW and its learning rates."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps the moments in 8 bits: a quarter of their memory."""
 
     learning_rate: Positive = 4e-5
     """The rate after warm-up."""
 
+    vision_lr: Positive | None = None
+    """Of the vision part, with the same schedule; none: `learning_rate`."""
+
+    projector_lr: Positive | None = None
+    """Of the projector, with the same schedule; none: `learning_rate`."""
+
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     """Decoupled weight decay."""
+
+    decay_on: Literal["all", "matrices"] = "all"
+    """What decays: everything, as in the recipe, or not norms, biases and other vectors."""
 
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.95)
     """Decay of the first and the second moment."""
@@ -218,6 +280,11 @@ class OptimConfig(_Section):
 
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     """Steps over which the rate rises from zero."""
+
+    def peak_rate(self, part: Part) -> float:
+        """The rate of a part of the model after warm-up."""
+        own = {"vision": self.vision_lr, "projector": self.projector_lr, "llm": None}[part]
+        return self.learning_rate if own is None else own
 
 
 class RunConfig(_Section):
@@ -239,18 +306,76 @@ class RunConfig(_Section):
     """Steps between two log lines."""
 
 
+class ParallelConfig(_Section):
+    """How the devices share the work. The result doesn't depend on it."""
+
+    engine: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    """`auto`: adapters train under `ddp`, full weights under the first engine that they fit."""
+
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory: zero1, zero2, zero3; fsdp2 with the parameters."""
+
+    offload_parameters: bool = False
+    """Keep the parameters in host memory too, but for those at work: zero3 and fsdp2."""
+
+    @_model_validator(mode="after")
+    def _engine_can_offload(self) -> "ParallelConfig":
+        if self.offload_parameters and self.engine not in ("auto", "fsdp2", "zero3"):
+            raise ValueError(
+                f"engine {self.engine} has every parameter on every device; offload_parameters "
+                "needs engine zero3 or fsdp2"
+            )
+        if self.offload_optimizer and self.engine in ("single", "ddp"):
+            raise ValueError(
+                f"engine {self.engine} cannot offload_optimizer; use engine zero1, zero2 or zero3"
+            )
+        if self.engine == "fsdp2" and self.offload_optimizer != self.offload_parameters:
+            raise ValueError(
+                "engine fsdp2 keeps parameters and optimizer in host memory together; set both "
+                "offload_parameters and offload_optimizer, or use engine zero2 or zero3"
+            )
+        return self
+
+
+class LogConfig(_Section):
+    """What is kept of the numbers, beside `log.jsonl`."""
+
+    tensorboard: bool = True
+    """Write event files for TensorBoard, into `tensorboard/` of the run's folder."""
+
+    wandb: str | None = None
+    """Project at Weights & Biases to log to as well; needs the extra `phi3v-train[wandb]`."""
+
+    report: bool = True
+    """Write `report.html` when the run ends."""
+
+
 class CheckpointConfig(_Section):
     """When the run's state is saved. It is saved at the end and on an interrupt in any case."""
 
     every_steps: Count | None = None
-    """Steps between two checkpoints; none: only at the end."""
+    """Steps between two checkpoints; none: `every_minutes` or the end says when."""
+
+    every_minutes: Positive | None = None
+    """Minutes between two checkpoints, at the end of a step; counts beside `every_steps`."""
 
     keep: Count = 2
     """Newest checkpoints that stay on disk."""
 
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """Best checkpoints that stay too, by `eval.best_by`; one that is best is saved when it is."""
+
+    keep_every_steps: Count | None = None
+    """Checkpoints of steps that are a multiple of this stay too; none: no others do."""
+
+    def is_due(self, done: int, seconds: float) -> bool:
+        """Whether to save after `done` steps, `seconds` after the last checkpoint (or the start)."""
+        by_step = self.every_steps is not None and done % self.every_steps == 0
+        return by_step or (self.every_minutes is not None and seconds >= 60 * self.every_minutes)
+
 
 class EvalConfig(_Section):
-    """Generation over `data.eval`, compared with the answers."""
+    """How the model is judged on `data.eval`: by the loss of its answers, and by what it says."""
 
     before: bool = False
     """Evaluate before the first step too, into `eval_before.json`."""
@@ -258,14 +383,53 @@ class EvalConfig(_Section):
     after: bool = True
     """Evaluate after the last step, into `eval_after.json` (where `data.eval` is set)."""
 
-    metric: Literal["accuracy"] = "accuracy"
-    """What is computed from answers and predictions."""
+    every_steps: Count | None = None
+    """Steps between two measurements of the loss on `data.eval`; none: it is not measured."""
+
+    generate_every_steps: Count | None = None
+    """Steps between two rounds of generated answers; none: only before and after the run."""
+
+    metric: Literal["accuracy", "anls"] = "accuracy"
+    """What is computed from answers and predictions; `anls` is DocVQA's."""
+
+    anls: Literal["official", "recipe"] = "official"
+    """`official`: upper and lower case are equal; `recipe`: the cookbook's, where they are not."""
+
+    best_by: Literal["loss", "metric"] = "loss"
+    """What is best: the lowest loss (of `every_steps`), or the highest metric."""
+
+    patience: Count | None = None
+    """End the run after so many evaluations in a row without a new best; none: never."""
+
+    batch_size: Count = 8
+    """Samples of like length generated together, per device."""
 
     max_new_tokens: Count = 64
     """Longest answer generated, in tokens."""
 
     limit: Count | None = None
     """Evaluate only the first so many samples."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a run evaluates at all."""
+        during = self.every_steps is not None or self.generate_every_steps is not None
+        return self.before or self.after or during
+
+    @property
+    def best_every_steps(self) -> int | None:
+        """Steps between two of the values that `best_by` names."""
+        return self.every_steps if self.best_by == "loss" else self.generate_every_steps
+
+    @_model_validator(mode="after")
+    def _patience_has_something_to_wait_for(self) -> "EvalConfig":
+        if self.patience is not None and self.best_every_steps is None:
+            key = "every_steps" if self.best_by == "loss" else "generate_every_steps"
+            raise ValueError(
+                f"eval.patience counts evaluations by {self.best_by}, but none is made during the "
+                f"run; set eval.{key}"
+            )
+        return self
 
 
 class TrainConfig(_Section):
@@ -290,13 +454,27 @@ class TrainConfig(_Section):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: RunConfig = RunConfig()
+    log: LogConfig = LogConfig()
+    parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
 
     @_model_validator(mode="after")
     def _evaluation_has_data(self) -> "TrainConfig":
-        if self.eval.before and self.data.eval is None:
-            raise ValueError("eval.before is set, but data.eval is not; name a shard directory")
+        for key in ("before", "every_steps", "generate_every_steps"):
+            if getattr(self.eval, key) and self.data.eval is None:
+                raise ValueError(f"eval.{key} is set, but data.eval is not; name a shard directory")
+        return self
+
+    @_model_validator(mode="after")
+    def _rates_have_parts(self) -> "TrainConfig":
+        rates = {"vision": self.optim.vision_lr, "projector": self.optim.projector_lr}
+        for part, rate in rates.items():
+            if rate is not None and part not in self.method.trained_parts:
+                raise ValueError(
+                    f"optim.{part}_lr is set, but the method trains no {part}; leave it out, or "
+                    f"train {part}"
+                )
         return self
 
 
@@ -351,6 +529,8 @@ _WITHOUT_EFFECT_ON_THE_RESULT = (
     "data.prefetch_mib",
     "method.gradient_checkpointing",
     "train.log_every",
+    "log",
+    "parallel",
     "checkpoint",
     "eval",
 )
@@ -360,7 +540,7 @@ _WITHOUT_EFFECT_ON_THE_RESULT = (
 def training_maths(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide what the weights become, as one flat `{dotted key: value}`."""
     flat = dict(_flatten(config.model_dump(mode="json")))
-    if config.method.name != "lora":
+    if not config.method.has_adapters:
         flat = {key: value for key, value in flat.items() if not key.startswith("method.lora.")}
     hidden = _WITHOUT_EFFECT_ON_THE_RESULT
     return {

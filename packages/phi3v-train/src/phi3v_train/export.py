@@ -11,6 +11,7 @@ import torch
 from phi3v_data.atomic import TEMPORARY_MARK
 from torch import nn
 
+from phi3v_train.lora import save_adapter
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
 from phi3v_train.quiet import quiet
 
@@ -51,8 +52,7 @@ def export_model(
 def export_adapter(adapters: Any, base: Path, out_dir: Path) -> Path:
     """Write a PEFT adapter folder with the tokenizer beside it, whole or not at all."""
     with _new_folder(out_dir) as folder:
-        # An adapter on lm_head makes PEFT store the frozen head itself too; the base has it.
-        adapters.save_pretrained(str(folder), save_embedding_layers=False)
+        save_adapter(adapters, folder)
         _copy_side_files(base, folder)
     return out_dir
 

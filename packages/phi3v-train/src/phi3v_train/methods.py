@@ -1,11 +1,14 @@
-"""What trains, and in what precision: full weights or LoRA adapters, by parts of the model.
+"""What trains, and in what precision: full weights, or adapters beside frozen ones.
 
-    vision      CLIP                                model.vision_embed_tokens.img_processor
-    projector   image projection and separators     model.vision_embed_tokens.{img_projection,*_GN}
-    llm         everything else                     embedding, decoder layers, norm, lm_head
+    training = load_to_train(config.model, config.method, "bf16", seed=0)
+    training.trainable      # {"model.layers.0.self_attn.qkv_proj.lora_A.default.weight": ...}
 
-Users name parts, not modules: a list of module names that fits another model matches half of this
-one and says nothing. The only module that imports peft.
+    method      weights that train        the others            adapters
+    full        float32                   float32               none
+    lora        float32 (lora.full)       the precision's own   float32
+    qlora       float32 (lora.full)       decoder layers nf4    float32
+
+In bf16 and fp16 the products over float32 weights are computed in the lower precision (autocast).
 """
 
 import json
@@ -16,20 +19,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from phi3v_train.config import MethodConfig, Part
+from phi3v_train.config import MethodConfig
 from phi3v_train.configuration_phi3_v import Phi3VConfig
+from phi3v_train.lora import add_adapters, check_extra, load_adapter
+from phi3v_train.model_parts import part_of
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
+from phi3v_train.quantized import num_weights, quantize_decoder
 from phi3v_train.quiet import quiet
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_VISION = "model.vision_embed_tokens.img_processor."
-_PROJECTOR = "model.vision_embed_tokens."
-
-_PEFT_ASKS = "`is_gradient_checkpointing` is deprecated"
-"""PEFT reads a property of the model that transformers has renamed; users can't change that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,10 @@ class TrainingModel:
         """The parameters that train, by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
-
-def part_of(name: str) -> Part:
-    """The part of the model that a parameter or module belongs to, by its official name."""
-    if name.startswith(_VISION):
-        return "vision"
-    return "projector" if name.startswith(_PROJECTOR) else "llm"
+    @property
+    def num_parameters(self) -> int:
+        """All weights, adapters included, however few bits they are kept in."""
+        return sum(num_weights(p) for p in self.model.parameters())
 
 
 def choose_precision(precision: str, device: torch.device) -> Precision:
@@ -99,8 +97,12 @@ def read_model_config(folder: str | Path) -> Phi3VConfig:
     return Phi3VConfig.from_pretrained(folder)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Phi3VForCausalLM:
+def load_model(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> Phi3VForCausalLM:
     """Load a model folder on the CPU.
+
+    Args:
+        folder: Hugging Face model folder.
+        dtype: of the weights; None: as they were saved.
 
     Raises:
         ValueError: it is not a Phi-3-vision model folder, or its weights are missing.
@@ -108,128 +110,100 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Phi3VF
     read_model_config(folder)
     try:
         with quiet():
-            return Phi3VForCausalLM.from_pretrained(folder, dtype=dtype)
+            return Phi3VForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     except OSError as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
 def load_for_inference(
-    folder: str | Path, *, adapter: str | Path | None = None, device: str = "auto"
+    folder: str | Path, *, adapter: str | Path | None = None, device: str | torch.device = "auto"
 ) -> Phi3VForCausalLM:
     """Load a model folder to answer with: on its device, in the precision that suits that.
 
     Args:
         folder: Hugging Face model folder.
         adapter: PEFT folder to put on the model.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu` or `cuda`; or the device of this process among several.
 
     Raises:
         ValueError: a folder that is not what it should be.
     """
     from phi3v_train.engine import join_world
 
-    world = join_world(device)
-    dtype = _DTYPES[choose_precision("auto", world.device)]
+    place = device if isinstance(device, torch.device) else join_world(device).device
+    dtype = _DTYPES[choose_precision("auto", place)]
     model = load_model(folder, dtype)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    move(model, world.device)
+    move(model, place)
     return model.eval()
 
 
-def prepare(
-    model: Phi3VForCausalLM, method: MethodConfig, precision: Precision, *, seed: int = 0
+def load_to_train(
+    folder: str | Path,
+    method: MethodConfig,
+    precision: Precision,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
 ) -> TrainingModel:
-    """Freeze, add adapters, choose dtypes.
-
-    Full training keeps float32 weights and computes in the lower precision; LoRA keeps the frozen
-    base in the lower precision and its adapters in float32.
+    """Load a model folder and `prepare` it, on the CPU.
 
     Args:
-        model: as loaded, float32.
+        folder: Hugging Face model folder.
         method: what trains.
         precision: of `choose_precision`.
         seed: of the adapters' first weights.
+        device: of `prepare`.
 
     Raises:
-        ValueError: a LoRA target that matches no layer.
+        ValueError: a folder that is not what it should be, or a method that doesn't fit it.
+    """
+    if method.has_adapters:
+        check_extra(method.lora.extra)  # before minutes of loading
+    return prepare(load_model(folder, dtype=None), method, precision, seed=seed, device=device)
+
+
+def prepare(
+    model: Phi3VForCausalLM,
+    method: MethodConfig,
+    precision: Precision,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> TrainingModel:
+    """Freeze, quantise, add adapters, choose dtypes; in place.
+
+    Args:
+        model: as loaded, in any dtype, on any device (the meta device too).
+        method: what trains.
+        precision: of `choose_precision`.
+        seed: of the adapters' first weights.
+        device: where 4-bit weights go at once, so that they are never there in full; None: they
+            stay where they are. The rest is for the caller to move.
+
+    Raises:
+        ValueError: a method that doesn't fit the model; one line.
     """
     vision = model.model.vision_embed_tokens.img_processor.vision_model
-    model.requires_grad_(True)
-    for module in vision.never_computed():
-        module.requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if part_of(name) not in method.trained_parts:
-            parameter.requires_grad_(False)
     model.model.gradient_checkpointing = method.gradient_checkpointing
     vision.gradient_checkpointing = method.gradient_checkpointing
+    dtype = _DTYPES[precision]
 
-    dtype = None if precision == "fp32" else _DTYPES[precision]
     adapters = None
-    if method.name == "lora":
-        if dtype is not None:
-            move(model, dtype)
-        adapters = _add_adapters(model, method, seed)
-    return TrainingModel(model, adapters, dtype)
-
-
-def lora_targets(model: Phi3VForCausalLM, parts: tuple[Part, ...]) -> str:
-    """A regular expression over official module names: the linear layers of `parts`.
-
-    As in the recipe: all linear layers of the decoder and its head, of CLIP without its last
-    layer (which is never computed), and of the projection.
-    """
-    num_layers = len(model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers)
-    computed = "|".join(str(layer) for layer in range(num_layers - 1))
-    patterns: dict[Part, str] = {
-        "llm": r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))"
-        r"|lm_head",
-        "vision": r"model\.vision_embed_tokens\.img_processor\.vision_model\.encoder\.layers"
-        rf"\.({computed})\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))",
-        "projector": r"model\.vision_embed_tokens\.img_projection\.(0|2)",
-    }
-    return "|".join(patterns[part] for part in parts)
-
-
-def _add_adapters(model: Phi3VForCausalLM, method: MethodConfig, seed: int) -> Any:
-    import peft
-
-    torch.manual_seed(seed)
-    settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.lora.rank,
-        lora_alpha=method.lora.alpha,
-        lora_dropout=method.lora.dropout,
-        target_modules=lora_targets(model, method.trained_parts),
-        init_lora_weights="gaussian",
-    )
-    with quiet(_PEFT_ASKS):
-        adapters = peft.get_peft_model(model, settings)
+    if method.has_adapters:
+        for name, parameter in model.named_parameters():
+            own = torch.float32 if part_of(name) in method.full_parts else dtype
+            parameter.data = parameter.data.to(own)
+        if method.name == "qlora":
+            quantize_decoder(model, dtype, device)
+        adapters = add_adapters(model, method, seed=seed)
+    else:
+        move(model, torch.float32)
+    never = {p for module in vision.never_computed() for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-    for part in method.trained_parts:
-        if not any(part_of(n) == part for n, p in model.named_parameters() if p.requires_grad):
-            raise ValueError(f"method.lora.targets: {part} has no layer that takes an adapter")
-    return adapters
-
-
-def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausalLM:
-    """Put saved adapters on a model.
-
-    Raises:
-        ValueError: the folder holds no PEFT adapter, or one of another base.
-    """
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is not an adapter folder: it has no adapter_config.json")
-    import peft
-
-    try:
-        with quiet(_PEFT_ASKS):
-            adapters = peft.PeftModel.from_pretrained(model, str(folder))
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit the model: {error}") from error
-    base = adapters.get_base_model()
-    assert isinstance(base, Phi3VForCausalLM)
-    return base
+        if part_of(name) in method.full_parts:
+            parameter.requires_grad_(parameter not in never)
+        elif part_of(name) not in method.adapter_parts or parameter in never:
+            parameter.requires_grad_(False)
+    return TrainingModel(model, adapters, None if precision == "fp32" else dtype)
