@@ -108,7 +108,8 @@ def validate_command(
 
     Exit status: 0 no errors (warnings are counted), 1 errors, 2 wrong usage.
     """
-    from phi3v_data.report import print_report, progress_bar
+    from phi3v_data.progress_bars import progress_bar
+    from phi3v_data.report import print_report
     from phi3v_data.validate import validate
 
     try:

@@ -64,7 +64,8 @@ def run_fix(
         click.ClickException: a file could not be written.
     """
     from phi3v_data.fix_files import fix_files, to_text
-    from phi3v_data.report import printable, progress_bar
+    from phi3v_data.progress_bars import progress_bar
+    from phi3v_data.report import printable
 
     try:
         with progress_bar("fixing") as progress:

@@ -1,7 +1,5 @@
 """`phi3v-data preview`: a page that shows a data set."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -9,7 +7,7 @@ import click
 from phi3v_data.input_error import InputError
 
 if TYPE_CHECKING:
-    from phi3v_data.preview import Progress
+    pass
 
 
 @click.command("preview")
@@ -88,12 +86,13 @@ def preview_command(
     import warnings
 
     from phi3v_data.preview import write_preview
+    from phi3v_data.progress_bars import progress_bars
     from phi3v_data.report import count
 
     # What Pillow has to say about a file becomes a finding; its warnings would only repeat it.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        with _progress_bar() as progress:
+        with progress_bars(is_bytes=False) as progress:
             result = write_preview(
                 files,
                 out,
@@ -128,31 +127,3 @@ def preview_command(
 def _codes(values: tuple[str, ...]) -> list[str]:
     """`("I,T101", "P")` -> `["I", "T101", "P"]`."""
     return [code.strip() for value in values for code in value.split(",")]
-
-
-@contextmanager
-def _progress_bar() -> "Generator[Progress | None]":
-    """A bar for each thing done, on the error stream, only if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield report

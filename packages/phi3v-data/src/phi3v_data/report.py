@@ -10,12 +10,8 @@
 `docs/validation.md` shows each.
 """
 
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Literal, get_args
 
-from phi3v_data.checked_lines import Progress
 from phi3v_data.diagnostics import Report
 from phi3v_data.report_json import to_json as to_json
 from phi3v_data.report_text import print_text as print_text
@@ -48,33 +44,3 @@ def print_report(report: Report, output_format: ReportFormat) -> None:
 
         for line in to_github(report):
             click.echo(line)
-
-
-@contextmanager
-def progress_bar(description: str) -> Generator[Progress | None]:
-    """A progress bar on the error stream, only if that is a terminal, gone when done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    # Not Console.is_terminal: FORCE_COLOR would make that of a pipe.
-    if not sys.stderr.isatty():
-        yield None
-        return
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

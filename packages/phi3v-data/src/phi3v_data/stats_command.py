@@ -80,7 +80,7 @@ def stats_command(
 
     Exit status: 0, also where lines do not parse; 2 wrong usage.
     """
-    from phi3v_data.report import progress_bar
+    from phi3v_data.progress_bars import progress_bar
     from phi3v_data.stats import collect_stats, to_json
 
     try:
