@@ -34,7 +34,7 @@ def test_one_process_trains_here(config):
 def test_more_processes_are_started_with_torchrun(config):
     assert check_nproc(config, 2, {}) == 2
     command = torchrun_command(2, "a.yaml", ["seed=1", "optim.betas=[0.9, 0.99]"], ["--resume"])
-    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert command[:4] == [sys.executable, "-m", "phi3v_train.elastic", "--standalone"]
     assert "--nproc_per_node=2" in command
     assert command[-8:] == [
         "-m", "phi3v_train.cli", "launch", "--resume", "--",

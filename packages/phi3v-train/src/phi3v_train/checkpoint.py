@@ -2,16 +2,18 @@ r"""What a checkpoint holds, and how it is written whole or not at all.
 
     runs/first/checkpoints/
         latest                    "step-00000200\n": the one to go on from
+        best                      "step-00000150\n": the one with the best score, if any has one
+        step-00000150/
         step-00000200/
-            state.json            step, data and settings it belongs to
-            *.distcp, .metadata   trainable weights and optimizer moments
+            state.json            step, score, data and settings it belongs to
+            *.distcp, .metadata   trainable weights and optimizer moments (or an engine's own files)
 
-Weights and moments are `torch.distributed.checkpoint` files: each rank writes its share, and
-another number of ranks can read them. Weights that don't train are not in there: they come from
-the model folder, whose hash is in `state.json`.
+Weights that don't train are not in there: they come from the model folder, whose hash is in
+`state.json`. Random state is not saved: it is seeded from (seed, step, row).
 
 A checkpoint is written under a temporary name, flushed, renamed, and only then `latest` is turned
-to it. Random state is not saved: it is seeded from (seed, step, row).
+to it. One that goes is renamed before it is removed. So a folder `step-N` is whole at any moment,
+and `settle` brings the rest (`best`, those that should be gone) in line with what is there.
 """
 
 import dataclasses
@@ -20,38 +22,42 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 import xxhash
-from phi3v_data.atomic import sync, write_atomic
-from torch import nn
+from phi3v_data.atomic import TEMPORARY_MARK, sync, write_atomic
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from phi3v_train.config import maths_changes
 from phi3v_train.engine import World
 from phi3v_train.plan import PlanSettings, plan_changes
-from phi3v_train.quiet import quiet
+from phi3v_train.retention import Keep, Kept, Score, ranked, steps_to_remove
 
 FORMAT_VERSION = 1
 """Raised when older code could not read what newer code writes, or the other way round."""
 
 STATE_FILE = "state.json"
 
-_ONE_PROCESS = "torch.distributed is disabled"
-"""torch warns that a run of one process is taken for one, though `no_dist` says so."""
-
 
 class CheckpointError(ValueError):
     """A checkpoint can't be used. One line: which, why, and the way out."""
+
+
+class Holder(Protocol):
+    """Who has weights, moments and loss scale: an engine. All ranks call it together."""
+
+    @property
+    def state_format(self) -> str:
+        """Of the files it writes; it reads no others. In `state.json`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write into the folder, which exists."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read into the running objects; ValueError where that can't be done."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,10 @@ class RunState:
     """The settings that decide what the weights become."""
     model_hash: str
     """Of the weights the run started from."""
+    state_format: str = "dcp"
+    """Of the other files, `dcp` or `deepspeed`; see `phi3v_train.engine`."""
+    score: Score | None = None
+    """Of these weights, where they were evaluated."""
 
     def to_json(self) -> str:
         """As in `state.json`."""
@@ -84,6 +94,9 @@ def model_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+# --- which there are ------------------------------------------------------------------------------
+
+
 def checkpoint_folder(output_dir: Path) -> Path:
     """Where the checkpoints of a run are."""
     return output_dir / "checkpoints"
@@ -95,7 +108,20 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     Raises:
         CheckpointError: `latest` names a folder that is not a checkpoint.
     """
-    pointer = checkpoint_folder(output_dir) / "latest"
+    return _pointed_at(output_dir, "latest")
+
+
+def best_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint with the best score, or None where none has one.
+
+    Raises:
+        CheckpointError: `best` names a folder that is not a checkpoint.
+    """
+    return _pointed_at(output_dir, "best")
+
+
+def _pointed_at(output_dir: Path, name: str) -> Path | None:
+    pointer = checkpoint_folder(output_dir) / name
     if not pointer.is_file():
         return None
     path = pointer.parent / pointer.read_text().strip()
@@ -105,6 +131,34 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
             "write the name of another step-* folder into it, or use another output_dir"
         )
     return path
+
+
+def best_score(output_dir: Path) -> Score | None:
+    """The score of the best checkpoint on disk."""
+    order = ranked(_kept(checkpoint_folder(output_dir)))
+    return order[0].score if order else None
+
+
+def _kept(folder: Path) -> list[Kept]:
+    """The checkpoints in a folder that can be read.
+
+    One that can't (of another format, edited) is nobody's to go on from and nobody's to remove.
+    """
+    kept: list[Kept] = []
+    for path in sorted(folder.glob("step-????????")):
+        try:
+            state = read_state(path)
+        except CheckpointError:
+            continue
+        kept.append(Kept(state.step, state.score))
+    return kept
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+# --- what is in one -------------------------------------------------------------------------------
 
 
 def read_state(path: Path) -> RunState:
@@ -127,11 +181,14 @@ def read_state(path: Path) -> RunState:
             "with the release that wrote it, or start anew in another output_dir"
         )
     try:
+        score = content.get("score")  # absent in the first release, as is the format
         return RunState(
             step=content["step"],
             plan=PlanSettings(**content["plan"]),
             maths=content["maths"],
             model_hash=content["model_hash"],
+            state_format=content.get("state_format", "dcp"),
+            score=None if score is None else Score(**score),
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None
@@ -156,105 +213,118 @@ def check_same_run(path: Path, then: RunState, now: RunState) -> None:
         )
 
 
+def check_format(path: Path, then: str, now: str) -> None:
+    """Refuse a checkpoint that the engine can't read.
+
+    Raises:
+        CheckpointError: with the engines that can.
+    """
+    if then != now:
+        able = {"dcp": "single, ddp or fsdp2", "deepspeed": "the zero1, zero2 or zero3 it was"}
+        raise CheckpointError(
+            f"{path} holds files of format {then}, and the engine of this run reads {now}; go on "
+            f"with parallel.engine={able.get(then, 'the one that wrote it')}"
+        )
+
+
+# --- writing and reading --------------------------------------------------------------------------
+
+
 def save_checkpoint(
-    output_dir: Path,
-    state: RunState,
-    trainable: dict[str, nn.Parameter],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: dict[str, Any],
-    world: World,
-    *,
-    keep: int,
+    output_dir: Path, state: RunState, engine: Holder, world: World, keep: Keep
 ) -> Path:
-    """Write a checkpoint, turn `latest` to it and remove older ones.
+    """Write a checkpoint, turn `latest` to it, and `best` where it is that; remove older ones.
 
     Args:
         output_dir: of the run.
-        state: position and identity.
-        trainable: the weights that train, by name.
-        model: that holds them, unwrapped.
-        optimizer: over them.
-        scaler: `state_dict` of the loss scaler; empty where there is none.
+        state: position, score and identity; its format is the engine's.
+        engine: that writes the rest.
         world: all of its processes call this.
-        keep: newest checkpoints that stay.
+        keep: what stays.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        CheckpointError: it can't be written. Those that were there are as they were.
     """
+    assert state.state_format == engine.state_format
     folder = checkpoint_folder(output_dir)
-    path = folder / f"step-{state.step:08d}"
+    path = folder / _name(state.step)
     temporary = folder / f"{path.name}.tmp"
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     world.barrier()
-    with quiet(_ONE_PROCESS):
-        save(
-            _tensors(trainable, model, optimizer, scaler),
-            storage_writer=FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True),
-            no_dist=world.world_size == 1,
-        )
-    world.barrier()
+    try:
+        engine.save(temporary)
+        world.barrier()
+        if world.is_main:
+            write_atomic(temporary / STATE_FILE, state.to_json())
+            _sync_all(temporary)
+    except (CheckpointException, OSError) as error:
+        raise CheckpointError(f"{temporary} cannot be written: {_reason(error)}") from error
     if world.is_main:
-        write_atomic(temporary / STATE_FILE, state.to_json())
-        sync(temporary)
-        if path.exists():  # of a run that was started anew over it
-            shutil.rmtree(path)
+        if path.exists():  # of an attempt that was killed before `latest` was turned to it
+            _remove(path)
         os.replace(temporary, path)
         sync(folder)
         write_atomic(folder / "latest", f"{path.name}\n")
-        for old in sorted(folder.glob("step-????????"))[:-keep]:
-            if old != path:
-                shutil.rmtree(old)
+        settle(output_dir, keep)
     world.barrier()
     return path
 
 
-def load_checkpoint(
-    path: Path,
-    trainable: dict[str, nn.Parameter],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    world: World,
-) -> None:
-    """Read weights, moments and scaler of a checkpoint into the running objects.
+def _sync_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; torch's exception lists what each rank met."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(f"{type(error).__name__} {error}".split())
+
+
+def settle(output_dir: Path, keep: Keep) -> None:
+    """Turn `best` to the best checkpoint, remove those that don't stay, and half of ones.
+
+    Changes nothing where a run was not interrupted; one process calls it.
+    """
+    folder = checkpoint_folder(output_dir)
+    if not folder.is_dir():
+        return
+    for left in [*folder.glob("step-*.tmp"), *folder.glob(f".*{TEMPORARY_MARK}*")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    kept = _kept(folder)
+    order = ranked(kept)
+    if order:
+        best = f"{_name(order[0].step)}\n"
+        pointer = folder / "best"
+        if not pointer.is_file() or pointer.read_text() != best:
+            write_atomic(pointer, best)
+    latest = latest_checkpoint(output_dir)
+    for step in steps_to_remove(kept, keep):
+        path = folder / _name(step)
+        if path != latest:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that no half of it is ever there under its name."""
+    gone = path.with_name(f"{path.name}.gone.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def load_checkpoint(path: Path, engine: Holder) -> None:
+    """Read weights, moments and loss scale of a checkpoint into the running objects.
 
     Raises:
-        CheckpointError: its files are damaged, or hold other tensors.
+        ValueError: its files are damaged, of another format, or hold other tensors.
     """
-    content = _tensors(trainable, model, optimizer, scaler.state_dict())
-    try:
-        with quiet(_ONE_PROCESS):
-            load(
-                content,
-                storage_reader=FileSystemReader(path),
-                no_dist=world.world_size == 1,
-            )
-    except CheckpointException as error:  # a BaseException: what each rank met, in one
-        cause = next(iter(error.failures.values()))[0]
-        reason = " ".join(f"{type(cause).__name__} {cause}".split())
-        raise CheckpointError(f"{path} cannot be read: {reason}") from error
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(content["model"][name])
-    set_optimizer_state_dict(
-        model, optimizer, content["optimizer"], options=StateDictOptions(strict=False)
-    )
-    if content["scaler"]:
-        scaler.load_state_dict(content["scaler"])
-
-
-def _tensors(
-    trainable: dict[str, nn.Parameter],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "model": {name: parameter.detach() for name, parameter in trainable.items()},
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "scaler": scaler,
-    }
+    check_format(path, read_state(path).state_format, engine.state_format)
+    engine.load(path)

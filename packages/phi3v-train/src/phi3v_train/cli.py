@@ -88,6 +88,13 @@ def init_tiny_command(out_dir: Path, seed: int) -> None:
 @main.command("launch")
 @click.argument("arguments", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
 @click.option("--nproc", type=click.IntRange(1), help="Processes, one per device.  [default: 1]")
+@click.option(
+    "--max_restarts",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="With --nproc: times to start again, from the newest checkpoint, after a process failed.",
+)
 @click.option("--resume", is_flag=True, help="Refuse to start without a checkpoint to go on from.")
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run in output_dir, start anew.")
 @click.option("--eval_before", is_flag=True, help="The same as eval.before=true.")
@@ -96,6 +103,7 @@ def init_tiny_command(out_dir: Path, seed: int) -> None:
 def launch_command(
     arguments: tuple[str, ...],
     nproc: int | None,
+    max_restarts: int,
     resume: bool,
     overwrite: bool,
     eval_before: bool,
@@ -118,7 +126,7 @@ def launch_command(
 
     \b
     Keys that matter most:
-      method.name                full | lora
+      method.name                full | lora | qlora
       method.freeze              [vision, projector, llm]
       data.eval                  shard directory to evaluate on
       data.num_crops             crops an image is cut into: 4 for video, 16 for documents
@@ -137,7 +145,16 @@ def launch_command(
 
     from phi3v_train.launch import launch
 
-    sys.exit(launch(config_path, overrides, nproc=nproc, resume=resume, overwrite=overwrite))
+    sys.exit(
+        launch(
+            config_path,
+            overrides,
+            nproc=nproc,
+            resume=resume,
+            overwrite=overwrite,
+            max_restarts=max_restarts,
+        )
+    )
 
 
 def _split_arguments(arguments: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:

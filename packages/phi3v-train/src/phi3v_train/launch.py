@@ -1,7 +1,7 @@
 """Start a training run: in this process, or as N processes through torchrun.
 
     launch("ucf101.yaml", ["seed=1"])             # trains here, on one device
-    launch("ucf101.yaml", ["seed=1"], nproc=8)    # python -m torch.distributed.run ... launch ...
+    launch("ucf101.yaml", ["seed=1"], nproc=8)    # torchrun --nproc_per_node=8 ... launch ...
 
 Under an existing torchrun (RANK, WORLD_SIZE and LOCAL_RANK are set) this process is one of many
 and trains in place, so `torchrun --nnodes 2 ... -m phi3v_train.cli launch ucf101.yaml` works too.
@@ -28,6 +28,7 @@ def launch(
     nproc: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    max_restarts: int = 0,
 ) -> int:
     """Check the configuration, then train.
 
@@ -37,6 +38,8 @@ def launch(
         nproc: processes on this machine, one per device; none or 1: this one.
         resume: there must be a checkpoint to go on from.
         overwrite: start anew, over what an earlier run left in the output folder.
+        max_restarts: times all processes are started again after one of them failed; they go on
+            from the newest checkpoint.
 
     Returns:
         Exit status: 0 when the run is finished, 128 + n when signal n ended it early, with a
@@ -52,7 +55,9 @@ def launch(
 
         return train(config, resume=resume, overwrite=overwrite).exit_status
     flags = [f"--{name}" for name, on in (("resume", resume), ("overwrite", overwrite)) if on]
-    arguments = torchrun_command(world_size, config_path, overrides, flags)
+    arguments = torchrun_command(
+        world_size, config_path, overrides, flags, max_restarts=max_restarts
+    )
     return run_forwarding_signals(arguments, worker_environment(os.environ, world_size))
 
 
@@ -89,11 +94,14 @@ def torchrun_command(
     config_path: str | os.PathLike[str] | None,
     overrides: Sequence[str],
     flags: Sequence[str] = (),
+    *,
+    max_restarts: int = 0,
 ) -> list[str]:
     """The command line that runs `phi3v-train launch` in `nproc` processes."""
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        sys.executable, "-m", "phi3v_train.elastic", "--standalone",
         f"--nproc_per_node={nproc}",
+        f"--max_restarts={max_restarts}",
         # the default set, and the one by which batch systems announce the end of a job
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         "-m", "phi3v_train.cli", "launch",
@@ -105,9 +113,17 @@ def torchrun_command(
 
 
 def worker_environment(environment: Mapping[str, str], nproc: int) -> dict[str, str]:
-    """The environment with the cores shared out: torchrun alone would give each process one."""
+    """The environment with the cores shared out, and time to save after a signal.
+
+    torchrun alone would give each process one core and 30 seconds.
+    """
     threads = str(max(1, len(os.sched_getaffinity(0)) // nproc))
-    return {"OMP_NUM_THREADS": threads, **environment}
+    return {
+        "OMP_NUM_THREADS": threads,
+        # torchrun kills after 30 seconds what was asked to end; a step and a save may take longer
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        **environment,
+    }
 
 
 def run_forwarding_signals(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
