@@ -2,11 +2,22 @@
 
 >>> accuracy([" Archery.", "billiards"], ["Archery", "BabyCrawling"])
 0.5
+>>> anls(["Aug 21 1986"], [["Aug 27, 1986", "27 August 1986"]])
+0.8333333333333334
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from rapidfuzz.distance import Levenshtein
+
+Metric = Literal["accuracy", "anls"]
+AnlsVariant = Literal["official", "recipe"]
+
+ANLS_TAU = 0.5
+"""An answer of which half or more has to be changed counts nothing."""
 
 
 def normalize_answer(text: str) -> str:
@@ -15,6 +26,11 @@ def normalize_answer(text: str) -> str:
     Exactly the cookbook recipe's `strip().strip('.').lower()`, so that scores can be compared.
     """
     return text.strip().strip(".").lower()
+
+
+def is_correct(prediction: str, accepted: Sequence[str]) -> bool:
+    """Whether a prediction equals any of the accepted answers after `normalize_answer`."""
+    return normalize_answer(prediction) in {normalize_answer(answer) for answer in accepted}
 
 
 def accuracy(predictions: Sequence[str], references: Sequence[str]) -> float:
@@ -26,6 +42,63 @@ def accuracy(predictions: Sequence[str], references: Sequence[str]) -> float:
     _check(predictions, references)
     pairs = zip(predictions, references, strict=True)
     return sum(normalize_answer(p) == normalize_answer(r) for p, r in pairs) / len(references)
+
+
+def anls_of_one(
+    prediction: str, accepted: Sequence[str], variant: AnlsVariant = "official"
+) -> float:
+    """Levenshtein similarity to the nearest accepted answer, 0 below the threshold; 0 to 1.
+
+    The distance is divided by the longer of the two lengths.
+
+    `official`, as the Robust Reading Competition scores DocVQA: in lower case, white space run
+    together; a similarity of exactly one half counts. `recipe`, as the cookbook's script: texts as
+    they are; one half doesn't count, and an empty prediction is wrong.
+
+    Args:
+        prediction: what the model said.
+        accepted: all answers that count as right; at least one.
+        variant: see above.
+    """
+    if variant == "recipe":
+        if not prediction:
+            return 0.0
+        best = max(_similarity(prediction, answer) for answer in accepted)
+        return best if 1 - best < ANLS_TAU else 0.0
+    best = max(_similarity(_folded(prediction), _folded(answer)) for answer in accepted)
+    return best if best >= ANLS_TAU else 0.0
+
+
+def anls(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    variant: AnlsVariant = "official",
+) -> float:
+    """Average Normalized Levenshtein Similarity (Biten et al., ICCV 2019); 0 to 1.
+
+    Raises:
+        ValueError: nothing to score, or not one list of references per prediction.
+    """
+    _check(predictions, references)
+    pairs = zip(predictions, references, strict=True)
+    return sum(anls_of_one(p, accepted, variant) for p, accepted in pairs) / len(references)
+
+
+def scorer(
+    metric: Metric, variant: AnlsVariant = "official"
+) -> Callable[[str, Sequence[str]], float]:
+    """The score of one prediction against its accepted answers; the metric is the mean of it."""
+    if metric == "accuracy":
+        return lambda prediction, accepted: float(is_correct(prediction, accepted))
+    return lambda prediction, accepted: anls_of_one(prediction, accepted, variant)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _similarity(a: str, b: str) -> float:
+    return 1 - Levenshtein.distance(a, b) / max(len(a), len(b), 1)
 
 
 @dataclass(frozen=True)
@@ -61,7 +134,7 @@ def count_by_class(predictions: Sequence[str], references: Sequence[str]) -> dic
     }
 
 
-def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
+def _check(predictions: Sequence[str], references: Sequence[object]) -> None:
     if not references or len(predictions) != len(references):
         raise ValueError(
             "expected one prediction for each of at least one reference, "

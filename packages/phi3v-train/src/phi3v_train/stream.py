@@ -12,18 +12,22 @@ decode and encode whole rows ahead; a row's content never depends on who made it
 
 import bisect
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from phi3v_data.shard_format import ShardEntry, ShardError
+from phi3v_data.shard_store import LocalStore
 from phi3v_data.shards import ShardReader
 
 from phi3v_train.chat import ChatEncoder
 from phi3v_train.collator import Batch, EncodedSample, SampleEncoder, collate, dummy_sample
-from phi3v_train.epoch_order import Shards
+from phi3v_train.epoch_order import Shards, default_window_bytes
+from phi3v_train.fetch_ahead import FetchAhead
 from phi3v_train.hd_transform import Resize
 from phi3v_train.image_lengths import image_lengths
 from phi3v_train.mixture import mixture_samples
@@ -66,8 +70,13 @@ class StreamSettings:
     """Of a mixture; see `phi3v_train.mixture`."""
     epoch_size: int | None = None
     """Samples in an epoch of a mixture; none: as many as there are."""
-    window_bytes: int = 0
-    """Samples are mixed with those of shards so near in the epoch's order; 0: all with all."""
+    first: int | None = None
+    """Use only the first so many samples; none: all."""
+    window_bytes: int | None = 0
+    """Samples are mixed with those of shards so near in the epoch's order; 0: all with all; none:
+    all with all on this disk, and 128 shards where a directory is in an object store."""
+    damaged: Literal["error", "skip"] = "error"
+    """What becomes of a sample whose bytes are damaged in its shard."""
     rank: int = 0
     world_size: int = 1
     num_workers: int = 0
@@ -161,7 +170,8 @@ class TrainStream:
         self.encoder = encoder
         self.measures = measures
         self.settings = settings
-        fitting, overlong = split_overlong(measures.num_tokens, settings.max_tokens_per_row)
+        lengths = measures.num_tokens[: settings.first]
+        fitting, overlong = split_overlong(lengths, settings.max_tokens_per_row)
         self.overlong = overlong
         """Numbers of the samples longer than a row."""
         if len(overlong) and settings.overlong == "error":
@@ -175,6 +185,9 @@ class TrainStream:
                 f"{sources.name} has no sample that fits a row of {settings.max_tokens_per_row} "
                 "tokens; raise data.max_tokens_per_row"
             )
+        self.num_skipped = 0
+        """Samples of this rank that were damaged and left out so far."""
+        self._skipped: list[str] = []
         self._samples = fitting
         self._plans: dict[int, EpochPlan] = {}
         self._epoch_ends: list[int] = []  # steps up to the end of each epoch, as far as asked for
@@ -200,8 +213,21 @@ class TrainStream:
             global_batch_size=self.settings.global_batch_size,
             resize=self.settings.resize,
             global_batch_unit=self.settings.global_batch_unit,
-            window_bytes=self.settings.window_bytes,
+            window_bytes=self.window_bytes,
         )
+
+    @cached_property
+    def window_bytes(self) -> int:
+        """`settings.window_bytes`, decided."""
+        if self.settings.window_bytes is not None:
+            return self.settings.window_bytes
+        if all(isinstance(reader.store, LocalStore) for reader in self.sources.readers):
+            return 0
+        return default_window_bytes([entry.num_bytes for entry in self._entries])
+
+    @property
+    def _entries(self) -> list[ShardEntry]:
+        return [entry for reader in self.sources.readers for entry in reader.manifest.shards]
 
     def _fingerprint(self) -> str:
         """Of all data and how it is mixed."""
@@ -252,7 +278,7 @@ class TrainStream:
         return self._epoch_ends[max(epoch, 0)]
 
     def plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch; the last one asked for is kept."""
+        """The plan of an epoch; the last one asked for is kept, and the one before it."""
         if epoch not in self._plans:
             plan = plan_epoch(
                 self.measures.num_tokens,
@@ -268,7 +294,9 @@ class TrainStream:
                 num_images=self.measures.num_images,
                 shards=self._shards,
             )
-            self._plans = {epoch: plan}
+            # Two: what is fetched ahead may be of the next epoch.
+            kept = {e: p for e, p in self._plans.items() if e == epoch - 1}
+            self._plans = {**kept, epoch: plan}
         return self._plans[epoch]
 
     def _samples_of(self, epoch: int) -> NDArray[np.int64]:
@@ -286,13 +314,12 @@ class TrainStream:
 
     @cached_property
     def _shards(self) -> Shards | None:
-        if not self.settings.window_bytes:
+        if not self.window_bytes:
             return None
-        entries = [entry for reader in self.sources.readers for entry in reader.manifest.shards]
         return Shards(
-            sizes=[entry.num_samples for entry in entries],
-            num_bytes=[entry.num_bytes for entry in entries],
-            window_bytes=self.settings.window_bytes,
+            sizes=[entry.num_samples for entry in self._entries],
+            num_bytes=[entry.num_bytes for entry in self._entries],
+            window_bytes=self.window_bytes,
         )
 
     def samples_by_source(self, epoch: int) -> list[int]:
@@ -322,19 +349,48 @@ class TrainStream:
         stop = self.num_steps if stop is None else stop
         if start >= stop:
             return
-        num_rows: dict[int, int] = {}  # of the steps that were asked for and are not done
+        planned: dict[int, tuple[Row, ...]] = {}  # steps that were asked for and are not done
 
         def requests() -> Iterator[Request]:
             for step in range(start, stop):
-                rows = self.rows_of_step(step)
-                num_rows[step] = len(rows)
+                rows = planned[step] = self.rows_of_step(step)
                 yield from (Request(row, self._row_bytes(row)) for row in rows)
 
-        with closing(self._rows(requests())) as batches:
+        def rows_to_come() -> Iterator[Row]:
             for step in range(start, stop):
-                rows = [next(batches)]  # all ranks run at least one; now its step is planned
-                rows += [next(batches) for _ in range(num_rows.pop(step) - 1)]
-                yield step, rows
+                yield from self.rows_of_step(step)
+
+        with ExitStack() as stack:
+            batches = stack.enter_context(closing(self._rows(requests())))
+            ahead: FetchAhead | None = None
+            for step in range(start, stop):
+                made = [next(batches)]  # all ranks run at least one; now its step is planned
+                if ahead is None:  # workers are forked by now: no thread of ours is copied
+                    ahead = stack.enter_context(FetchAhead(self.sources, rows_to_come))
+                rows = planned.pop(step)
+                made += [next(batches) for _ in rows[1:]]
+                for row, batch in zip(rows, made, strict=True):
+                    if self.settings.num_workers:
+                        ahead.passed(row)
+                    self._note_skipped(row, batch)
+                yield step, made
+
+    def _note_skipped(self, row: Row, batch: Batch) -> None:
+        if self.settings.damaged == "skip" and len(set(batch.sample_ids) - {""}) < len(row):
+            made = set(batch.sample_ids)
+            for number in row:
+                try:
+                    name = self.sources.sample(number).id
+                except ShardError:
+                    name = f"number {number}"
+                if name not in made:
+                    self.num_skipped += 1
+                    self._skipped.append(f"{name} of {self.sources.place(number)}")
+
+    def take_skipped(self) -> list[str]:
+        """Name and shard of the samples that were left out since this was last asked."""
+        taken, self._skipped = self._skipped, []
+        return taken
 
     def _rows(self, requests: Iterator[Request]) -> Generator[Batch, None, None]:
         if self.settings.num_workers == 0:
@@ -349,6 +405,8 @@ class TrainStream:
     def encode_row(self, numbers: Sequence[int]) -> list[EncodedSample]:
         """The samples of a row, read, decoded and encoded; of an empty row, one without loss.
 
+        Damaged ones are left out where the settings say so.
+
         Raises:
             ValueError: a sample that cannot be read or encoded; the message names it and its shard.
         """
@@ -358,12 +416,21 @@ class TrainStream:
         for number in numbers:
             try:
                 record = self.sources[number]
-                encoded.append(self.encoder(record.sample, record.images))
+                sample, images = record.sample, record.images
+            except ShardError as error:
+                if self.settings.damaged == "error":
+                    raise self._placed(error, number) from error
+                continue
+            try:
+                encoded.append(self.encoder(sample, images))
             except ValueError as error:
-                place = self.sources.place(number)
-                told = str(error)
-                raise ValueError(told if place in told else f"{place}: {told}") from error
-        return encoded
+                raise self._placed(error, number) from error
+        return encoded or [dummy_sample(self.encoder.chat.ids.bos)]
+
+    def _placed(self, error: ValueError, number: int) -> ValueError:
+        """The same with the shard in its message."""
+        place, told = self.sources.place(number), str(error)
+        return ValueError(told if place in told else f"{place}: {told}")
 
     def _row_bytes(self, row: Row) -> int:
         if not row:
