@@ -19,7 +19,6 @@ adapters' own products out: some 3 % too few each, on the careful side. What gra
 computes a second time does not count: it is not progress.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -113,18 +112,9 @@ def training_flops(config: Phi3VConfig, method: MethodConfig, work: Work) -> flo
         method: what trains.
         work: of the samples.
     """
-    adapted: tuple[Part, ...] = () if method.name == "full" else method.trained_parts
-    return _training_flops(forward_flops(config, work), method.trained_parts, adapted)
-
-
-def _training_flops(
-    forward: dict[Part, float], trained: Collection[Part], adapted: Collection[Part]
-) -> float:
     total = 0.0
     hands_on_gradients = False
-    order: tuple[Part, ...] = ("vision", "projector", "llm")  # as the data flows
-    for part in order:
-        has_weight_gradients = part in trained and part not in adapted
-        hands_on_gradients = hands_on_gradients or part in trained
-        total += forward[part] * (1 + hands_on_gradients + has_weight_gradients)
+    for part, flops in forward_flops(config, work).items():  # as the data flows
+        hands_on_gradients = hands_on_gradients or part in method.trained_parts
+        total += flops * (1 + hands_on_gradients + (part in method.full_parts))
     return total

@@ -28,7 +28,7 @@ from torch import nn
 
 from phi3v_train.config import Part, TrainConfig
 from phi3v_train.engine import World
-from phi3v_train.methods import part_of
+from phi3v_train.model_parts import part_of
 from phi3v_train.stream import TrainStream
 
 

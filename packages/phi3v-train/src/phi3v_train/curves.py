@@ -1,0 +1,152 @@
+"""The curves of a run as SVG pictures. The only module that imports matplotlib.
+
+    for curve in draw_curves(run.lines, run.history, theme="light"):
+        curve.title, curve.svg       # "loss", "<?xml ...<svg ..."
+
+A picture for each group of numbers that the run has: loss, score, learning rate, gradient norm,
+tokens and images per second, data wait and MFU, memory. Text stays text, and the same numbers give
+the same bytes.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+Theme = Literal["light", "dark"]
+
+MOST_POINTS = 600
+"""Of a curve; of more, neighbours are averaged."""
+
+SMOOTH_FROM = 40
+"""Points from which the loss gets a smoothed line over the measured one."""
+
+_INK = {"light": "#5f5b53", "dark": "#a9a8b3"}
+_GRID = {"light": "#e5e2db", "dark": "#2f2f36"}
+_COLORS = {
+    "light": ("#4f46e5", "#d97706", "#0d9488"),
+    "dark": ("#9d97ff", "#fbbf24", "#2dd4bf"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One picture."""
+
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Series:
+    name: str
+    steps: NDArray[np.float64]
+    values: NDArray[np.float64]
+    has_markers: bool = False
+
+
+def draw_curves(
+    lines: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]], theme: Theme
+) -> list[Curve]:
+    """Draw what there is.
+
+    Args:
+        lines: of `log.jsonl`.
+        history: of `eval/history.jsonl`.
+        theme: of the page around it.
+    """
+    scores = sorted({name for point in history for name in point} - {"step", "loss"})
+    groups: list[tuple[str, list[_Series], float]] = [
+        ("loss per label token", [
+            *_series(lines, "loss", "training"),
+            *_series(history, "loss", "evaluation", has_markers=True),
+        ], 1),
+        ("score", [s for n in scores for s in _series(history, n, n, has_markers=True)], 1),
+        ("learning rate", _series(lines, "learning_rate", "learning rate"), 1),
+        ("gradient norm before clipping", _series(lines, "grad_norm", "gradient norm"), 1),
+        ("tokens a second", _series(lines, "tokens_per_second", "tokens"), 1),
+        ("images a second", _series(lines, "images_per_second", "images"), 1),
+        ("share of the time, %", [
+            *_series(lines, "data_wait", "waiting for data"),
+            *_series(lines, "mfu", "MFU"),
+        ], 100),
+        ("memory, GiB", _series(lines, "memory_gib", "peak"), 1),
+    ]  # fmt: skip
+    return [
+        Curve(title, _draw(series, theme, factor)) for title, series, factor in groups if series
+    ]
+
+
+def _series(
+    lines: Sequence[Mapping[str, Any]], key: str, name: str, *, has_markers: bool = False
+) -> list[_Series]:
+    """The values under a key, as a list of one series, or none where there are no values."""
+    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    if not points:
+        return []
+    steps, values = np.array(points, dtype=np.float64).T
+    return [_Series(name, *_thinned(steps, values), has_markers)]
+
+
+def _thinned(
+    steps: NDArray[np.float64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if len(steps) <= MOST_POINTS:
+        return steps, values
+    edges = np.linspace(0, len(steps), MOST_POINTS + 1).astype(int)[:-1]
+    counts = np.diff([*edges, len(steps)])
+    return np.add.reduceat(steps, edges) / counts, np.add.reduceat(values, edges) / counts
+
+
+def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Exponential mean over about a tenth of the points, its start not drawn to zero."""
+    keep = 1 - min(1.0, 20 / len(values))
+    mean, weight = 0.0, 0.0
+    found: list[float] = []
+    for value in values.tolist():
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        found.append(mean / weight)
+    return np.array(found)
+
+
+def _draw(series: Sequence[_Series], theme: Theme, factor: float) -> str:
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "phi3v",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": _INK[theme],
+        "axes.edgecolor": _GRID[theme],
+        "axes.labelcolor": _INK[theme],
+        "xtick.color": _INK[theme],
+        "ytick.color": _INK[theme],
+        "grid.color": _GRID[theme],
+        "grid.linewidth": 0.6,
+        "axes.formatter.limits": (-3, 5),
+        "legend.frameon": False,
+    }
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(5.2, 2.5), layout="constrained")
+        axes = figure.subplots()
+        for color, one in zip(_COLORS[theme], series, strict=False):
+            values = one.values * factor
+            marker = "o" if one.has_markers or len(values) == 1 else None
+            is_rough = one.name == "training" and len(values) >= SMOOTH_FROM
+            line = {"color": color, "marker": marker, "markersize": 3}
+            if is_rough:
+                axes.plot(one.steps, values, color=color, alpha=0.3, linewidth=0.8)
+                values = _smoothed(values)
+            axes.plot(one.steps, values, label=one.name.replace("$", r"\$"), linewidth=1.6, **line)
+        axes.grid(visible=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("step")
+        if len(series) > 1:
+            axes.legend(loc="best")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
