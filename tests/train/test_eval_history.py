@@ -23,14 +23,16 @@ def losses(*values: float) -> list[EvalPoint]:
 
 def test_the_best_is_the_first_of_the_lowest_losses() -> None:
     best = best_point(losses(3.0, 1.0, 2.0, 1.0), LOSS)
-    assert best is not None and best.step == 20
+    assert best is not None
+    assert best.step == 20
 
 
 def test_the_best_is_the_highest_metric_where_it_was_measured() -> None:
     points = [EvalPoint(5, {"loss": 0.1}), EvalPoint(10, {"loss": 3.0, "accuracy": 0.5})]
     points = joined(points, 20, {"accuracy": 0.75})
     best = best_point(points, Aim.of(EvalConfig(best_by="metric")))
-    assert best is not None and best.step == 20
+    assert best is not None
+    assert best.step == 20
     assert best_point(points[:1], Aim("anls", is_higher_better=True)) is None
 
 
@@ -47,7 +49,8 @@ def test_patience_counts_evaluations_since_the_best() -> None:
 def test_a_loss_that_is_no_number_is_never_the_best() -> None:
     points = losses(math.nan, 2.0, math.nan)
     best = best_point(points, LOSS)
-    assert best is not None and best.step == 20
+    assert best is not None
+    assert best.step == 20
     assert is_out_of_patience(points, LOSS, 1)
 
 

@@ -11,12 +11,12 @@ def answered(name: str, text: str = "1986", source: str = "docvqa") -> Predictio
 
 
 def test_a_submission_has_the_number_of_every_question_and_its_answer(tmp_path: Path) -> None:
-    said = [answered("test-57349"), answered("val-337", "itc’s “limited”")]
+    said = [answered("test-57349"), answered("val-337", 'itc "limited" é')]
     assert is_docvqa(said)
     write_rrc_submission(said, tmp_path / "rrc.json")
     assert json.loads((tmp_path / "rrc.json").read_text(encoding="utf-8")) == [
         {"questionId": 57349, "answer": "1986"},
-        {"questionId": 337, "answer": "itc’s “limited”"},
+        {"questionId": 337, "answer": 'itc "limited" é'},
     ]
 
 

@@ -3,12 +3,17 @@
 result = evaluate_model("runs/first/model", "shards/val", out_dir="runs/first/eval")
 print(result)            # accuracy 0.917 (55 of 60)
 
-runs/first/eval/predictions.jsonl   {"id": ..., "prediction": ..., "answer": ..., "correct": ...}
-runs/first/eval/eval.json           accuracy, counts by class
+runs/first/eval/predictions.jsonl     {"id": ..., "prediction": ..., "answer": ..., "correct": ...}
+runs/first/eval/eval.json             the metric, counts by class
+runs/first/eval/confusion.json, .txt  of a classification: which class was taken for which
+runs/first/eval/rrc_submission.json   of DocVQA: to upload
+
+Of a conversation the last question is asked; the turns before it are there as the data has them.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +25,24 @@ from torch import Tensor
 
 from phi3v_train.chat import ChatEncoder
 from phi3v_train.collator import EncodedSample, SampleEncoder
-from phi3v_train.metrics import ClassCount, count_by_class, normalize_answer
+from phi3v_train.confusion import confusion_json, confusion_table, is_classification
+from phi3v_train.engine import World, join_world
+from phi3v_train.hd_transform import hd_layout
+from phi3v_train.methods import load_for_inference
+from phi3v_train.metrics import (
+    AnlsVariant,
+    ClassCount,
+    Metric,
+    count_by_class,
+    is_correct,
+    scorer,
+)
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
+from phi3v_train.predictions import Prediction, write_predictions
+from phi3v_train.rrc import is_docvqa, write_rrc_submission
 
 BATCH_SIZE = 8
-"""Samples generated together. They are sorted by length first, so little of a batch is padding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One answered question."""
-
-    id: str
-    prediction: str
-    """What the model said, special tokens left out."""
-    answer: str
-    """What the data says."""
-    correct: bool
-    """Equal after `normalize_answer`."""
+"""Samples generated together, unless said otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +50,37 @@ class EvalResult:
     """All predictions of a data set, in its order, and what they amount to."""
 
     predictions: tuple[Prediction, ...]
-    accuracy: float
-    by_class: dict[str, ClassCount]
+    metric: Metric
+    score: float | None
+    """The metric, 0 to 1; None where the data has no answers to compare with."""
+    accuracy: float | None
+    """Share that equals an accepted answer, whatever the metric; None as above."""
+    by_class: dict[str, ClassCount] | None
+    """By the data's answer, where answers are classes; else None."""
 
     def __str__(self) -> str:
-        right = sum(p.correct for p in self.predictions)
-        return f"accuracy {self.accuracy:.3f} ({right} of {len(self.predictions)})"
+        count = len(self.predictions)
+        if self.score is None:
+            return f"{count:,} answers; the data has none to compare them with"
+        right = sum(bool(p.correct) for p in self.predictions)
+        if self.metric == "accuracy":
+            return f"accuracy {self.score:.3f} ({right} of {count})"
+        return f"ANLS {self.score:.4f} ({count} answers, {right} of them exact)"
 
     def summary(self) -> dict[str, Any]:
         """What `eval.json` holds."""
-        return {
+        summary: dict[str, Any] = {"metric": self.metric, "num_samples": len(self.predictions)}
+        if self.score is None:
+            return {**summary, "score": None}
+        summary |= {
+            "score": self.score,
+            self.metric: self.score,
             "accuracy": self.accuracy,
-            "num_samples": len(self.predictions),
-            "num_correct": sum(p.correct for p in self.predictions),
-            "by_class": {label: asdict(count) for label, count in self.by_class.items()},
+            "num_correct": sum(bool(p.correct) for p in self.predictions),
         }
+        if self.by_class is not None:
+            summary["by_class"] = {label: asdict(c) for label, c in self.by_class.items()}
+        return summary
 
 
 @torch.inference_mode()
@@ -112,9 +133,13 @@ def evaluate(
     *,
     numbers: Sequence[int],
     max_new_tokens: int,
+    batch_size: int = BATCH_SIZE,
+    metric: Metric = "accuracy",
+    anls: AnlsVariant = "official",
+    autocast_dtype: torch.dtype | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Answer some samples of a shard directory.
+    """Answer some samples of a shard directory, in this process.
 
     Args:
         model: any mode; it is put into evaluation mode and back.
@@ -122,37 +147,42 @@ def evaluate(
         reader: the data.
         numbers: which samples.
         max_new_tokens: longest answer.
+        batch_size: samples generated together: those of like length.
+        metric: what `score` is.
+        anls: its variant, where it is ANLS.
+        autocast_dtype: dtype of matrix products over float32 weights; None: the weights' own.
         on_progress: called with the number of samples done.
 
     Returns:
         Predictions in the order of `numbers`.
 
     Raises:
-        ValueError: a sample without an answer to compare with.
+        ValueError: a sample that cannot be read or encoded; the message names it.
     """
+    score = scorer(metric, anls)
+    lengths = prompt_lengths(reader, encoder, numbers)
+    # Long and short prompts apart; the longest first, so that memory runs out at once or never.
+    by_length = [numbers[i] for i in sorted(range(len(numbers)), key=lambda i: -lengths[i])]
+    found: dict[int, Prediction] = {}
     was_training = model.training
     model.eval()
-    found: dict[int, Prediction] = {}
-    # Long and short prompts apart; the longest first, so that memory runs out at once or never.
-    by_length = sorted(numbers, key=lambda n: (-sum(_pixels(reader, n)), n))
     try:
-        for batch in _batches(by_length, BATCH_SIZE):
+        for batch in _batches(by_length, batch_size):
             records = [reader[number] for number in batch]
             encoded = [encoder(r.sample, r.images, for_generation=True) for r in records]
-            texts = generate_answers(model, encoder, encoded, max_new_tokens=max_new_tokens)
+            with _autocast(model.device, autocast_dtype):
+                texts = generate_answers(model, encoder, encoded, max_new_tokens=max_new_tokens)
             for number, record, text in zip(batch, records, texts, strict=True):
                 turn = record.sample.conversations[-1]
-                if turn.assistant is None:
-                    raise ValueError(
-                        f"sample {record.sample.id!r} has no answer to compare with; evaluate on "
-                        "a split that has answers"
-                    )
-                accepted = {normalize_answer(a) for a in (turn.answers or (turn.assistant,))}
+                accepted = turn.answers or (() if turn.assistant is None else (turn.assistant,))
                 found[number] = Prediction(
                     id=record.sample.id,
+                    source=record.sample.source,
                     prediction=text,
                     answer=turn.assistant,
-                    correct=normalize_answer(text) in accepted,
+                    answers=accepted,
+                    correct=is_correct(text, accepted) if accepted else None,
+                    score=score(text, accepted) if accepted else None,
                 )
             if on_progress is not None:
                 on_progress(len(found))
@@ -161,22 +191,104 @@ def evaluate(
     return [found[number] for number in numbers]
 
 
-def summarize(predictions: Sequence[Prediction]) -> EvalResult:
-    """Score predictions.
+def evaluate_on_all_ranks(
+    model: Phi3VForCausalLM,
+    encoder: SampleEncoder,
+    reader: ShardReader,
+    world: World,
+    *,
+    count: int,
+    on_progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
+) -> list[Prediction]:
+    """Answer the first `count` samples together: each rank a share of about the same length.
+
+    Args:
+        model: the same weights on every rank, whole.
+        encoder: as in `evaluate`.
+        reader: as in `evaluate`.
+        world: the ranks.
+        count: how many samples, from the first.
+        on_progress: called with (samples done, samples in all) of this rank.
+        settings: of `evaluate`.
+
+    Returns:
+        Every sample's prediction once, in the order of the data, on every rank.
 
     Raises:
-        ValueError: there are none.
+        ValueError: as `evaluate`.
     """
-    by_class = count_by_class([p.prediction for p in predictions], [p.answer for p in predictions])
-    # Of several accepted answers any counts, so this is not `metrics.accuracy` of the first.
-    right = sum(p.correct for p in predictions)
-    return EvalResult(tuple(predictions), right / len(predictions), by_class)
+    lengths = prompt_lengths(reader, encoder, range(count))
+    by_length = sorted(range(count), key=lambda number: (-lengths[number], number))
+    own = by_length[world.rank :: world.world_size]
+    predictions = evaluate(
+        model,
+        encoder,
+        reader,
+        numbers=own,
+        on_progress=None if on_progress is None else lambda done: on_progress(done, len(own)),
+        **settings,
+    )
+    shares = world.gather(list(zip(own, predictions, strict=True)))
+    merged = dict(pair for share in shares for pair in share)
+    assert len(merged) == sum(map(len, shares)) == count
+    return [merged[number] for number in range(count)]
+
+
+def prompt_lengths(
+    reader: ShardReader, encoder: SampleEncoder, numbers: Sequence[int]
+) -> list[int]:
+    """Tokens of each prompt, from the index: no image is read.
+
+    Raises:
+        ValueError: a sample that cannot be encoded; the message names it.
+    """
+    return [
+        encoder.chat.encode_text(reader.sample(number), for_generation=True).num_tokens
+        + sum(hd_layout(*wh, encoder.num_crops).num_tokens for wh in reader.image_sizes_wh(number))
+        for number in numbers
+    ]
+
+
+def summarize(predictions: Sequence[Prediction], metric: Metric = "accuracy") -> EvalResult:
+    """Score predictions that were made with this metric.
+
+    Raises:
+        ValueError: there are none, or only some can be compared with an answer.
+    """
+    if not predictions:
+        raise ValueError("no samples to evaluate")
+    scores = [p.score for p in predictions if p.score is not None]
+    if not scores:
+        return EvalResult(tuple(predictions), metric, None, None, None)
+    if len(scores) < len(predictions):
+        missing = next(p.id for p in predictions if p.score is None)
+        raise ValueError(
+            f"sample {missing!r} has no answer to compare with, and {len(scores)} of "
+            f"{len(predictions)} samples have one; evaluate splits with and without answers apart"
+        )
+    by_class = count_by_class(
+        [p.prediction for p in predictions], [str(p.answer) for p in predictions]
+    )
+    right = sum(bool(p.correct) for p in predictions)
+    return EvalResult(
+        tuple(predictions),
+        metric,
+        score=sum(scores) / len(scores),
+        # Of several accepted answers any counts, so this is not `metrics.accuracy` of the first.
+        accuracy=right / len(predictions),
+        by_class=by_class if is_classification(by_class) else None,
+    )
 
 
 def write_result(result: EvalResult, out_dir: Path, name: str = "eval.json") -> None:
-    """Write `predictions.jsonl` and the summary under `name` into a folder."""
-    lines = [json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in result.predictions]
-    write_atomic(out_dir / "predictions.jsonl", "".join(lines))
+    """Write what the docstring above lists into a folder, the summary under `name`, last."""
+    write_predictions(result.predictions, out_dir / "predictions.jsonl")
+    if result.by_class is not None:
+        write_atomic(out_dir / "confusion.json", confusion_json(result.by_class))
+        write_atomic(out_dir / "confusion.txt", confusion_table(result.by_class))
+    if is_docvqa(result.predictions):
+        write_rrc_submission(result.predictions, out_dir / "rrc_submission.json")
     write_atomic(out_dir / name, json.dumps(result.summary(), indent=2, ensure_ascii=False) + "\n")
 
 
@@ -188,48 +300,62 @@ def evaluate_model(
     out_dir: str | Path | None = None,
     num_crops: int = 16,
     max_new_tokens: int = 64,
+    batch_size: int = BATCH_SIZE,
+    metric: Metric = "accuracy",
+    anls: AnlsVariant = "official",
     limit: int | None = None,
     device: str = "auto",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvalResult:
     """Evaluate a model folder, with or without adapters, on a shard directory.
 
+    Under torchrun every process answers its share, and the first one writes.
+
     Args:
         model: Hugging Face folder.
-        data: shard directory with answers.
+        data: shard directory; without answers there are predictions and no score.
         adapter: PEFT folder to put on the model.
-        out_dir: where `predictions.jsonl` and `eval.json` go, if anywhere.
+        out_dir: where predictions and summary go, if anywhere.
         num_crops: as in training.
         max_new_tokens: longest answer.
+        batch_size: samples generated together.
+        metric: `accuracy` or `anls`.
+        anls: `official` or `recipe`; see `metrics.anls_of_one`.
         limit: only the first so many samples.
         device: `auto`, `cpu` or `cuda`.
-        on_progress: called with (samples done, samples in all).
+        on_progress: called with (samples done, samples in all) of this process.
 
     Raises:
         ValueError: a folder that is not what it should be.
     """
-    from phi3v_train.methods import load_for_inference
+    world = join_world(device)
+    try:
+        reader = open_shards(data)
+        encoder = SampleEncoder(ChatEncoder(model), num_crops)
+        loaded = load_for_inference(model, adapter=adapter, device=world.device)
+        predictions = evaluate_on_all_ranks(
+            loaded,
+            encoder,
+            reader,
+            world,
+            count=len(reader) if limit is None else min(limit, len(reader)),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            metric=metric,
+            anls=anls,
+            on_progress=on_progress,
+        )
+        result = summarize(predictions, metric)
+        if out_dir is not None and world.is_main:
+            write_result(result, Path(out_dir))
+        world.barrier()
+        return result
+    finally:
+        world.leave()
 
-    reader = open_shards(data)
-    encoder = SampleEncoder(ChatEncoder(model), num_crops)
-    loaded = load_for_inference(model, adapter=adapter, device=device)
-    count = len(reader) if limit is None else min(limit, len(reader))
-    predictions = evaluate(
-        loaded,
-        encoder,
-        reader,
-        numbers=range(count),
-        max_new_tokens=max_new_tokens,
-        on_progress=None if on_progress is None else lambda done: on_progress(done, count),
-    )
-    result = summarize(predictions)
-    if out_dir is not None:
-        write_result(result, Path(out_dir))
-    return result
 
-
-def _pixels(reader: ShardReader, number: int) -> Iterator[int]:
-    return (width * height for width, height in reader.image_sizes_wh(number))
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
