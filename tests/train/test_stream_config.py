@@ -1,5 +1,6 @@
 """What a configuration and a dry run say of the stream."""
 
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 import pytest
 import torch
+from phi3v_data.shards import open_shards
 from phi3v_train.collator import SampleEncoder
 from phi3v_train.config import ConfigError, TrainConfig, dump_config, load_config
 from phi3v_train.stream import StreamSettings, open_stream
@@ -172,3 +174,48 @@ def test_shards_at_an_address_give_the_rows_of_the_same_shards_on_disk(
         for row, other in zip(rows, others, strict=True):
             assert row.sample_ids == other.sample_ids, step
             assert torch.equal(row.pixel_values, other.pixel_values)
+
+
+def flip(path: Path, where: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[where] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_sample_is_left_out_and_named_where_that_is_asked_for(
+    tiny: Path, toy_shards: Path, tmp_path: Path, num_workers: int
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(toy_shards, shards)
+    reader = open_shards(shards)
+    damaged = next(i for i in range(len(reader)) if reader.image_spans(i)[1])
+    entry, spans = reader.image_spans(damaged)
+    flip(shards / entry.name, spans[0][0] + 5)
+    settings = StreamSettings(
+        num_crops=1, max_tokens_per_row=800, global_batch_size=5, num_epochs=1, seed=3,
+        num_workers=num_workers, damaged="skip",
+    )  # fmt: skip
+    stream = open_stream(shards, tiny, settings)
+    names = [n for _, rows in stream.steps() for row in rows for n in row.sample_ids]
+    expected = {reader.sample(i).id for i in range(len(reader))} - {reader.sample(damaged).id}
+    assert sorted(set(names) - {""}) == sorted(expected)
+    assert stream.num_skipped == 1
+    assert stream.take_skipped() == [f"{reader.sample(damaged).id} of {shards}/{entry.name}"]
+    assert stream.take_skipped() == []
+
+
+def test_shards_in_an_object_store_are_mixed_in_a_window_unless_told(
+    tiny: Path, toy_shards: Path
+) -> None:
+    store = fsspec.filesystem("memory")
+    for file in toy_shards.iterdir():
+        store.pipe_file(f"/windowed/train/{file.name}", file.read_bytes())
+    settings = StreamSettings(
+        num_crops=1, max_tokens_per_row=800, global_batch_size=5, num_epochs=1, seed=3,
+        window_bytes=None,
+    )  # fmt: skip
+    assert open_stream(toy_shards, tiny, settings).window_bytes == 0
+    assert open_stream("memory://windowed/train", tiny, settings).window_bytes > 0
+    told = replace(settings, window_bytes=77)
+    assert open_stream("memory://windowed/train", tiny, told).window_bytes == 77

@@ -146,6 +146,10 @@ class RemoteStore:
         """
         self._reader().plan(upcoming)
 
+    def passed(self, entry: ShardEntry, spans: Sequence[tuple[int, int]]) -> None:
+        """Tell the plan of this process that another process has read these bytes."""
+        self._reader().passed(entry, spans)
+
     def forget(self, entry: ShardEntry, spans: Sequence[tuple[int, int]]) -> bool:
         """Drop what is kept of these bytes, which were found damaged: they are fetched anew.
 
@@ -207,6 +211,11 @@ class _Reader:
                 offset, length = spans[k]
                 found[k] = content[offset - request.offset : offset - request.offset + length]
         return found
+
+    def passed(self, entry: ShardEntry, spans: Sequence[tuple[int, int]]) -> None:
+        if self._prefetcher is not None:
+            for piece in _pieces([(entry, spans)], self._fetcher.settings.download):
+                self._prefetcher.reached(piece.key)
 
     def forget(self, entry: ShardEntry, spans: Sequence[tuple[int, int]]) -> None:
         cache = self._fetcher.cache()

@@ -221,7 +221,8 @@ class DataConfig(_Section):
     """Samples in an epoch of several sources; none: as many as there are."""
 
     shuffle_window_mib: Count | None = None
-    """Mix samples only with those of shards so near in the epoch's order; none: all with all."""
+    """Mix samples only with those of shards so near in the epoch's order; none: all with all on
+    this disk, within 128 shards where data lies in an object store."""
 
     eval: Place | None = None
     """Shard directory to evaluate on; none: no evaluation."""
@@ -237,6 +238,9 @@ class DataConfig(_Section):
 
     overlong: Literal["error", "drop"] = "error"
     """A sample longer than a row stops the run before step 1, or is dropped and counted."""
+
+    damaged: Literal["error", "skip"] = "error"
+    """A sample whose bytes in its shard are damaged stops the run, or is left out and named."""
 
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Processes per rank that decode and encode; 0 does it in the training process."""
