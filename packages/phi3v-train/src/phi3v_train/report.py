@@ -190,26 +190,21 @@ def _svg_url(svg: str) -> str:
 
 
 def _evaluations(run: Run) -> list[str]:
-    answered = {evaluation.step for evaluation in run.evaluations}
     measured = {point["step"]: point for point in run.history}
-    rows: list[tuple[str, str, str, str, str]] = []
+    rows: list[tuple[str, ...]] = []
     for evaluation in run.evaluations:
         metric, score = _score(evaluation)
+        step = evaluation.step if evaluation.step is not None else run.step
         right = sum(p.correct is True for p in evaluation.predictions)
-        loss = measured.get(evaluation.step if evaluation.step is not None else run.step, {})
         rows.append(
             (
                 evaluation.name,
                 f"{metric} {_number(score, '.4f')}",
-                _number(loss.get("loss"), ".4f"),
+                _number(measured.get(step, {}).get("loss"), ".4f"),
                 f"{right:,}",
                 f"{len(evaluation.predictions):,}",
             )
         )
-    for point in run.history:
-        if point["step"] not in answered and "loss" in point:
-            loss = _number(point["loss"], ".4f")
-            rows.append((f"step {point['step']}", ABSENT, loss, ABSENT, ABSENT))
     if not rows:
         return []
     titles = ("evaluation", "score", "loss", "right", "of")
