@@ -74,8 +74,10 @@ class Meter:
     def outside(self) -> Iterator[None]:
         """Time in here is no training time: a checkpoint, an evaluation."""
         entered = self._clock()
-        yield
-        self._outside += self._clock() - entered
+        try:
+            yield
+        finally:
+            self._outside += self._clock() - entered
 
     def read(self) -> Reading:
         """The rates since the last reading; the next interval begins."""
