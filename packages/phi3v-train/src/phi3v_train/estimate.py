@@ -24,7 +24,6 @@ under zero. The efficiency is assumed, not measured (see `gpus`).
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +32,7 @@ from phi3v_train.configuration_phi3_v import Phi3VConfig
 from phi3v_train.flops import Work, forward_flops, training_flops
 from phi3v_train.gpus import Gpu
 from phi3v_train.parameter_counts import ParameterCounts, count_parameters
+from phi3v_train.workload import Workload, default_workload
 
 GIB = 2**30
 
@@ -56,47 +56,6 @@ ZERO3_LIVE = 1_000_000_000
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a 4-bit weight: itself, its part of an 8-bit scale per 64, and of a 32-bit one per 256."""
-
-
-# --- what is trained on ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """A data set as far as memory and speed go."""
-
-    num_samples: int
-    num_images: int
-    total: Work
-    """Sums over all samples."""
-    row: Work
-    """The row that needs most memory."""
-    source: str
-    """Where the numbers are from, in words."""
-
-    @property
-    def tokens_per_sample(self) -> float:
-        """The mean."""
-        return self.total.num_tokens / self.num_samples
-
-
-def default_workload(max_tokens_per_row: int) -> Workload:
-    """Pages of documents: the cookbook's DocVQA samples, one image of 16.3 crops each.
-
-    2,443 tokens a sample, 2,405 of them for the image, 10 with loss. Video frames at `num_crops` 4
-    have as many tokens a crop (150), so the row is theirs too.
-    """
-    count = 1000
-    total = Work(count * 2443, count * 2443**2, count * 2405, 16 * count + 300, count * 10)
-    tokens = max_tokens_per_row
-    row = Work(
-        num_tokens=tokens,
-        squared_lengths=2443 * tokens,
-        num_image_tokens=tokens * 2405 // 2443,
-        num_crops=math.ceil(tokens * 16.3 / 2443),
-        num_label_tokens=max(10, tokens * 10 // 2443),
-    )
-    return Workload(count, count, total, row, "pages of documents, 2,443 tokens and 16.3 crops")
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -138,6 +97,7 @@ def estimate_memory(
     engine: EngineName,
     precision: Precision = "bf16",
     workload: Workload | None = None,
+    has_varlen: bool = True,
 ) -> Memory:
     """Predict what each GPU must hold.
 
@@ -148,13 +108,21 @@ def estimate_memory(
         engine: how they share the work.
         precision: of computing.
         workload: what is trained on; none: pages of documents in full rows.
+        has_varlen: the GPU attends to packed rows at once (compute capability 8.0 and up).
     """
     workload = workload or default_workload(config.data.max_tokens_per_row)
     counts = count_parameters(model_config, config.method)
     states = _states(config, counts, world_size, engine, precision)
     if engine == "fsdp2" and rows_per_step(config, workload, world_size) > 1:
         states = states.more_working(4 * counts.trained)
-    activations = activation_bytes(model_config, config.method, workload.row, precision, engine)
+    activations = activation_bytes(
+        model_config,
+        config.method,
+        workload.row,
+        precision,
+        engine,
+        has_varlen=has_varlen and precision != "fp32",
+    )
     # logits in the precision of computing, in float32, their logarithms and their gradient
     logits = (
         workload.row.num_label_tokens
@@ -277,6 +245,8 @@ class _Part:
     """Bytes of a number in the residual stream."""
     compute: int
     """Bytes of a number in matrix products."""
+    autocast: bool
+    """Products cast what they are given, each for itself; norms compute in float32."""
 
 
 def _part(method: MethodConfig, name: str, precision: Precision, engine: EngineName) -> _Part:
@@ -284,25 +254,28 @@ def _part(method: MethodConfig, name: str, precision: Precision, engine: EngineN
     before = order[: order.index(name) + 1]
     compute = 4 if precision == "fp32" else 2
     own = name in method.full_parts
-    float32 = own or method.name == "full"
-    if engine not in ("single", "ddp"):
-        float32 = False  # gathered in the precision of computing
+    whole = engine in ("single", "ddp")
+    # weights in shares are gathered in the precision of computing
+    float32 = whole and (own or method.name == "full")
     return _Part(
         keeps=any(part in method.trained_parts for part in before),
         own=own,
         adapted=name in method.adapter_parts,
         stream=4 if float32 else compute,
         compute=compute,
+        autocast=whole and compute == 2,
     )
 
 
-def decoder_bytes(config: Phi3VConfig, part: _Part, rank: int = 0) -> int:
+def decoder_bytes(
+    config: Phi3VConfig, part: _Part, rank: int = 0, *, has_varlen: bool = True
+) -> int:
     """What autograd keeps of one decoder layer, in bytes a token.
 
-    Two norms in float32, and their result where the norm's weight trains; the input of a linear
-    layer where its weight trains or an adapter reads it (which makes a copy of its own in lower
-    precision); query, key, value, rotated query and key, attention's result; gate and up, the
-    gate's activation, and their product.
+    Two norms in float32 (with a number per token), and their result where the norm's weight
+    trains; the input of a linear layer where its weight trains or an adapter reads it (under
+    autocast from a copy of its own); query, key, value, rotated query and key, attention's result;
+    gate and up, the gate's activation, and their product.
     """
     if not part.keeps:
         return 0
@@ -311,14 +284,15 @@ def decoder_bytes(config: Phi3VConfig, part: _Part, rank: int = 0) -> int:
     assert kv_heads is not None
     query, key = heads * config.head_dim, kv_heads * config.head_dim
     inputs = part.own or part.adapted
-    size = 2 * 4 * width  # norms
+    size = 2 * 4 * (width + 1)
     if part.own:
         size += 2 * part.stream * width
     if inputs:
         size += part.compute * (2 * width + mlp)
-    if part.adapted:
-        copies = part.compute == 2
-        size += part.compute * (query * copies + 4 * rank)
+    copies = part.adapted and part.autocast
+    if copies or (inputs and not has_varlen):
+        size += part.compute * query  # of attention's result, for the layer that reads it
+    size += part.compute * 4 * rank
     size += part.compute * ((query + 2 * key) + (query + key) + query) + 4 * heads
     return size + part.compute * 3 * mlp
 
@@ -326,8 +300,8 @@ def decoder_bytes(config: Phi3VConfig, part: _Part, rank: int = 0) -> int:
 def clip_bytes(config: Phi3VConfig, part: _Part, rank: int = 0) -> int:
     """What autograd keeps of one CLIP layer, in bytes a crop (577 positions).
 
-    Inputs of two norms in float32; in lower precision query, key and value are projected from a
-    copy each; query, key, value, attention's result; the MLP's three.
+    Inputs of two norms; under autocast these are float32, and query, key and value are projected
+    from a copy each; query, key, value, attention's result; the MLP's three.
     """
     if not part.keeps:
         return 0
@@ -335,14 +309,13 @@ def clip_bytes(config: Phi3VConfig, part: _Part, rank: int = 0) -> int:
     assert clip is not None
     width, mlp = clip["hidden_size"], clip["intermediate_size"]
     inputs = part.own or part.adapted
-    size = 2 * 4 * width
+    size = 2 * width * (4 if part.autocast else part.compute)
     if inputs:
-        casts = 3 if part.compute == 2 else 1
+        casts = 3 if part.autocast else 1
         size += part.compute * (casts * width + width + mlp)
-    if part.adapted and part.compute == 2:
+    if part.adapted and part.autocast:
         size += part.compute * width
-    if part.adapted:
-        size += part.compute * 6 * rank
+    size += part.compute * 6 * rank
     size += part.compute * (4 * width + 2 * mlp) + 4 * clip["num_attention_heads"] + 16
     return size * _positions(config)
 
@@ -359,6 +332,8 @@ def activation_bytes(
     row: Work,
     precision: Precision,
     engine: EngineName = "single",
+    *,
+    has_varlen: bool = True,
 ) -> int:
     """What autograd keeps of a row between the forward and the backward pass, in bytes.
 
@@ -366,12 +341,15 @@ def activation_bytes(
     """
     clip = config.vision_config
     assert clip is not None
-    rank = method.lora.rank if method.has_adapters else 0
+
+    def rank(part: _Part) -> int:
+        return method.lora.rank if part.adapted else 0
+
     vision, projector, llm = (
         _part(method, name, precision, engine) for name in ("vision", "projector", "llm")
     )
-    decoder = decoder_bytes(config, llm, rank) * row.num_tokens
-    tower = clip_bytes(config, vision, rank) * row.num_crops
+    decoder = decoder_bytes(config, llm, rank(llm), has_varlen=has_varlen) * row.num_tokens
+    tower = clip_bytes(config, vision, rank(vision)) * row.num_crops
     layers, clip_layers = config.num_hidden_layers, clip["num_hidden_layers"] - 1
     size = 0
     if method.gradient_checkpointing:
@@ -388,13 +366,8 @@ def activation_bytes(
         size += projector.compute * (merged + 2 * config.hidden_size) * row.num_image_tokens
     # pixels as bytes and as normalised float32, and the residual stream at both ends
     pixels = 3 * clip["image_size"] ** 2
-    size += row.num_crops * pixels * (1 + 4 + part_bytes(precision))
+    size += row.num_crops * pixels * (1 + 4 + llm.compute)
     return size + 3 * llm.stream * config.hidden_size * row.num_tokens
-
-
-def part_bytes(precision: Precision) -> int:
-    """Bytes of a number in the precision of computing."""
-    return 4 if precision == "fp32" else 2
 
 
 # --- speed ----------------------------------------------------------------------------------------
@@ -409,6 +382,8 @@ class Hardware:
     gpus_per_machine: int
     network_gb_s: float | None = None
     """Between machines, of all GPUs of one together; None: not known, or one machine."""
+    host_gib: float | None = None
+    """Memory of a machine beside its GPUs'; None: not known."""
 
     @property
     def bus_gb_s(self) -> float:
@@ -526,10 +501,3 @@ def _communication_bytes(
         "zero3": rows * (2 * 2 * model + 2 * trained),
     }[engine]
     return size * (world_size - 1) / world_size
-
-
-def heaviest(rows: Iterable[Work], model_config: Phi3VConfig, config: TrainConfig) -> Work:
-    """The row of which autograd keeps most."""
-    return max(
-        rows, key=lambda row: activation_bytes(model_config, config.method, row, "bf16", "single")
-    )
