@@ -7,10 +7,11 @@ Exit status: 0 done; 1 it can't be done, one line says why; 2 the command line i
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import click
 
@@ -192,12 +193,10 @@ _device_option = click.option(
 
 @main.command("eval")
 @_model_option
-@click.option(
-    "--data", required=True, type=click.Path(path_type=Path), help="Shard directory with answers."
-)
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Shard directory.")
 @_adapter_option
 @click.option(
-    "--out_dir", type=click.Path(path_type=Path), help="Where predictions.jsonl and eval.json go."
+    "--out_dir", type=click.Path(path_type=Path), help="Where predictions and eval.json go."
 )
 @click.option(
     "--num_crops",
@@ -213,7 +212,25 @@ _device_option = click.option(
     show_default=True,
     help="Longest answer, in tokens.",
 )
+@click.option(
+    "--metric",
+    type=click.Choice(["accuracy", "anls"]),
+    help="The score.  [default: accuracy; anls where --anls is given]",
+)
+@click.option(
+    "--anls",
+    type=click.Choice(["official", "recipe"]),
+    help="Score by ANLS: upper and lower case equal (official), or not (recipe).",
+)
+@click.option(
+    "--batch_size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Samples answered together, per device; lower it when memory runs out.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Only the first LIMIT samples.")
+@click.option("--nproc", type=click.IntRange(1), help="Processes, one per device.  [default: 1]")
 @_device_option
 @_one_line_errors
 def eval_command(
@@ -223,26 +240,45 @@ def eval_command(
     out_dir: Path | None,
     num_crops: int,
     max_new_tokens: int,
+    metric: Literal["accuracy", "anls"] | None,
+    anls: Literal["official", "recipe"] | None,
+    batch_size: int,
     limit: int | None,
+    nproc: int | None,
     device: str,
 ) -> None:
     """Answer the questions of a shard directory and score the answers.
 
-    Answers are generated greedily, and compared after outer white space and full stops are off,
-    in lower case. Prints the accuracy; with --out_dir every prediction is kept too.
+    Answers are generated greedily. Accuracy compares them after outer white space and full stops
+    are off, in lower case; ANLS is DocVQA's score. A split without answers is answered and not
+    scored. With --out_dir every prediction is kept, with a confusion matrix where answers are
+    classes, and a file to submit where they are DocVQA's.
 
     \b
       phi3v-train eval --model runs/first/model --data shards/val --num_crops 4
       phi3v-train eval --model models/phi-3.5-vision --adapter runs/lora/adapter \\
           --data shards/val --out_dir runs/lora/eval
+      phi3v-train eval --model runs/docvqa/model --data shards/docvqa/val --anls official \\
+          --nproc 8 --out_dir runs/docvqa/eval
     """
+    if anls is not None and metric == "accuracy":
+        raise click.UsageError("--anls is the variant of another score than --metric accuracy")
+    if nproc is not None and nproc > 1:
+        from phi3v_train.eval_processes import run_eval_processes
+
+        given = {**click.get_current_context().params, "nproc": None}
+        sys.exit(run_eval_processes(nproc, given))
+
     from rich.console import Console
     from rich.progress import Progress
 
     from phi3v_train.evaluate import evaluate_model
+    from phi3v_train.rank_place import rank_place
 
+    is_main = rank_place(os.environ).rank == 0
     # Shown on a terminal only, and apart from the result, so that stdout can be read by a script.
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    is_silent = not (is_main and sys.stderr.isatty())
+    with Progress(console=Console(stderr=True), disable=is_silent) as progress:
         task = progress.add_task("answering", total=None)
         result = evaluate_model(
             model,
@@ -251,11 +287,15 @@ def eval_command(
             out_dir=out_dir,
             num_crops=num_crops,
             max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            metric=metric or ("accuracy" if anls is None else "anls"),
+            anls=anls or "official",
             limit=limit,
             device=device,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    click.echo(result)
+    if is_main:
+        click.echo(result)
 
 
 @main.command("generate")
@@ -349,6 +389,78 @@ def generate_command(
             sys.exit(130)
     click.echo()
     console.print(answer.speed, style="dim", soft_wrap=True)
+
+
+_new_folder_option = click.option(
+    "--out_dir", required=True, type=click.Path(path_type=Path), help="The folder to make."
+)
+_check_option = click.option(
+    "--check",
+    is_flag=True,
+    help="Read what was written again: names, weights, side files and answers must be equal.",
+)
+_base_option = click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="The model folder that training started from, if it is no longer where it was.",
+)
+
+
+@main.command("merge")
+@click.argument("adapter", metavar="ADAPTER", type=click.Path(path_type=Path))
+@_new_folder_option
+@_base_option
+@_check_option
+@_one_line_errors
+def merge_command(adapter: Path, out_dir: Path, model: Path | None, check: bool) -> None:
+    """Add the adapters of the folder (or run) ADAPTER into their base model.
+
+    The sums are made in float32 and saved in the dtype of the base, under the official names, with
+    the base's tokenizer and processor files. Nothing is written unless the merged model answers a
+    random row as the base with its adapters does.
+
+    \b
+      phi3v-train merge runs/lora --out_dir merged
+      phi3v-train merge runs/lora/adapter --out_dir merged --model models/phi-3.5-vision --check
+    """
+    from phi3v_train.merge import merge
+
+    click.echo(merge(adapter, out_dir, model=model, check=check))
+
+
+@main.command("export")
+@click.argument("source", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
+@_new_folder_option
+@click.option("--best", is_flag=True, help="Of a run: its best checkpoint, not the newest.")
+@click.option("--adapter_only", is_flag=True, help="Adapters as a PEFT folder, not merged.")
+@_base_option
+@_check_option
+@_one_line_errors
+def export_command(
+    source: Path,
+    out_dir: Path,
+    best: bool,
+    adapter_only: bool,
+    model: Path | None,
+    check: bool,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, also of a run that is not finished.
+
+    RUN_OR_CHECKPOINT is a run's output_dir or one of its checkpoints/step-*. Weights are saved in
+    the dtype of the model that training started from, under the official names; adapters are
+    merged, as `phi3v-train merge` does.
+
+    \b
+      phi3v-train export runs/first --out_dir newest
+      phi3v-train export runs/first --best --out_dir best --check
+      phi3v-train export runs/lora/checkpoints/step-00000200 --adapter_only --out_dir adapter
+    """
+    from phi3v_train.export_checkpoint import export_checkpoint
+
+    exported = export_checkpoint(
+        source, out_dir, model=model, best=best, adapter_only=adapter_only, check=check
+    )
+    click.echo(exported)
 
 
 if __name__ == "__main__":

@@ -189,8 +189,11 @@ def save_adapter(adapters: Any, folder: Path, trained: Mapping[str, Tensor] | No
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausalLM:
+def open_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Any:
     """Put saved adapters on a model, and what trained beside them into it.
+
+    Returns:
+        The PEFT model around `model`.
 
     Raises:
         ValueError: the folder holds no PEFT adapter, or one of another base.
@@ -212,4 +215,43 @@ def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausalL
         homeless = [n for n in file.keys() if ".lora_" not in n and n not in places]
     if homeless:
         raise ValueError(f"{folder} does not fit the model, which has no {homeless[0]}")
-    return base
+    return adapters
+
+
+def load_adapter(model: Phi3VForCausalLM, folder: str | Path) -> Phi3VForCausalLM:
+    """The model itself, with saved adapters on it and what trained beside them in it.
+
+    Raises:
+        ValueError: the folder holds no PEFT adapter, or one of another base.
+    """
+    return open_adapter(model, folder).get_base_model()
+
+
+def merge_adapters(adapters: Any) -> Phi3VForCausalLM:
+    """Add adapters into the weights they stand beside, in place and in the weights' own dtype.
+
+    Args:
+        adapters: of `add_adapters` or `open_adapter`.
+
+    Returns:
+        The model, without adapters and with its official names.
+
+    Raises:
+        ValueError: the merged weights are not finite.
+    """
+    merged = adapters.merge_and_unload(safe_merge=True)
+    assert isinstance(merged, Phi3VForCausalLM)
+    return merged
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """The model folder that an adapter was trained on, as its configuration names it.
+
+    Raises:
+        ValueError: the folder holds no PEFT adapter.
+    """
+    import peft
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is not an adapter folder: it has no adapter_config.json")
+    return peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
