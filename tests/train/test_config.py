@@ -100,7 +100,7 @@ def test_a_misspelt_or_misplaced_override_names_the_nearest_key(override, sugges
 
 
 def test_a_key_like_no_other_gets_the_list_of_keys():
-    assert "expected one of checkpoint.every_steps, checkpoint.keep" in error_of(
+    assert "expected one of checkpoint.every_steps, checkpoint." in error_of(
         None, [*REQUIRED, "checkpoint.zzz=1"]
     )
 
@@ -190,6 +190,51 @@ def test_freezing_everything_is_refused():
 def test_a_frozen_part_gets_no_adapter():
     config = load_config(None, [*REQUIRED, "method.name=lora", "method.freeze=[vision]"])
     assert config.method.trained_parts == ("projector", "llm")
+
+
+def test_a_part_that_trains_in_full_gets_no_adapter():
+    method = load_config(
+        None, [*REQUIRED, "method.name=qlora", "method.lora.full=[vision]", "optim.vision_lr=1e-5"]
+    ).method
+    assert method.adapter_parts == ("projector", "llm")
+    assert method.full_parts == ("vision",)
+    assert method.trained_parts == ("vision", "projector", "llm")
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("{freeze: [vision], lora: {full: [vision]}}", "vision is in freeze and in lora.full"),
+        ("{lora: {targets: [llm], full: [llm]}}", "no part is left that gets an adapter"),
+        ("{name: qlora, lora: {full: [llm]}}", "qlora keeps the language model in 4 bits"),
+        ("{lora: {rank: 1, alpha_ratio: 0.4}}", "rounds to alpha 0"),
+    ],
+)
+def test_adapters_that_contradict_themselves_are_refused(method, reason):
+    name = [] if "qlora" in method else ["method.name=lora"]
+    assert reason in error_of(None, [*REQUIRED, f"method={method}", *name])
+
+
+def test_alpha_is_the_ratio_times_the_rank_unless_it_is_set():
+    def alpha(*settings):
+        overrides = [f"method.lora.{setting}" for setting in settings]
+        return load_config(None, [*REQUIRED, *overrides]).method.lora.lora_alpha
+
+    assert alpha("rank=32", "alpha_ratio=0.5") == 16
+    assert alpha("rank=32", "alpha=7") == 7
+
+
+def test_a_rate_of_a_part_that_does_not_train_is_refused():
+    for key, part in (("vision_lr", "vision"), ("projector_lr", "projector")):
+        assert f"the method trains no {part}" in error_of(
+            None, [*REQUIRED, f"optim.{key}=1e-5", f"method.freeze=[{part}]"]
+        )
+
+
+def test_more_fields_of_peft_are_given_by_name(tmp_path):
+    path = write(tmp_path, FILE + "method:\n  lora: {extra: {use_rslora: true}}\n")
+    config = load_config(path, ["method.lora.extra.lora_bias=false"])
+    assert config.method.lora.extra == {"use_rslora": True, "lora_bias": False}
 
 
 def test_evaluation_before_training_needs_data():
