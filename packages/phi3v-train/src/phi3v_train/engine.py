@@ -1,27 +1,33 @@
-"""Processes and devices: who is in the run, and how gradients of all of them become one.
+"""One small interface over one device and many, and the processes that share a run.
 
-    world = join_world("auto")                  # rank, world size, device; joins the group
-    engine = Engine(model, world)
-    loss = engine.loss_sum(batch)               # forward; a scalar
+    world = join_world("auto")                  # torchrun's or Slurm's variables, if there are any
+    engine = make_engine(choice, training, world, build_optimizer, max_grad_norm=1.0)
+    loss = engine.loss_sum(row, is_last=True)    # forward; a scalar
     engine.backward(loss * factor, is_last=True)
+    norm = engine.step()
 
-One device needs no wrapping. Several run DistributedDataParallel: gradients are averaged over the
-ranks in the last backward pass of a step only, so the trainer multiplies by the world size where
-it wants a sum. FSDP2 and DeepSpeed belong behind the same few methods.
+    single, ddp    replicated_engine.py    every device has the whole model
+    fsdp2          sharded_engine.py       weights, gradients and moments in shares
+    zero1 2 3      deepspeed_engine.py     DeepSpeed: moments, gradients, weights in shares
+
+Gradients are averaged over the ranks, so the trainer multiplies by the world size where it wants a
+sum; they are joined in the last backward pass of a step only, where the engine allows it.
 """
 
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from phi3v_train.collator import Batch
+from phi3v_train.methods import TrainingModel
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
+from phi3v_train.rank_place import rank_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,14 @@ class World:
         dist.all_gather_object(box, value)
         return box
 
+    def join_group(self) -> None:
+        """Be in a process group even if alone: some engines want one."""
+        if not dist.is_initialized():
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # it is documented
+            dist.init_process_group(
+                _backend(self.device), store=store, rank=self.rank, world_size=1
+            )
+
     def leave(self) -> None:
         """Leave the process group, if there is one."""
         if dist.is_initialized():
@@ -79,20 +93,36 @@ def join_world(device: str = "auto") -> World:
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ValueError: `cuda` was asked for and there is none.
+        ValueError: `cuda` was asked for and there is none, or none for this process; or the
+            environment says that there are other processes, but not where.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; use device=auto or cpu")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    place = rank_place(os.environ)
+    chosen = torch.device("cpu")
     if use_cuda:
+        if place.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {place.local_rank} of this machine has no CUDA device: torch sees "
+                f"{torch.cuda.device_count()}; start fewer processes, or use device=cpu"
+            )
+        chosen = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(chosen)
-    if world_size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-    return World(rank, world_size, chosen)
+    if place.world_size > 1:
+        os.environ.update(place.rendezvous)
+        dist.init_process_group(
+            _backend(chosen),
+            rank=place.rank,
+            world_size=place.world_size,
+            device_id=chosen if use_cuda else None,
+        )
+    return World(place.rank, place.world_size, chosen)
+
+
+def _backend(device: torch.device) -> str:
+    """On GPUs gloo too: what is offloaded is reduced on the host."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 class PackedLoss(nn.Module):
@@ -107,32 +137,24 @@ class PackedLoss(nn.Module):
         return self.model.packed_loss(batch)
 
 
-class Engine:
-    """Forward and backward over one device or many.
+BuildOptimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
+"""Makes the optimizer of the parameters that train, by name."""
 
-    Args:
-        model: on its device, its parameters' `requires_grad` as they will train.
-        world: of `join_world`.
-        autocast_dtype: dtype of matrix products over float32 weights; None: the weights' own.
-    """
+StateFormat = Literal["dcp", "deepspeed"]
 
-    def __init__(
-        self, model: Phi3VForCausalLM, world: World, autocast_dtype: torch.dtype | None = None
-    ) -> None:
-        self.world = world
-        self.autocast_dtype = autocast_dtype
-        self.module: nn.Module = PackedLoss(model)
-        if world.world_size > 1:
-            self.module = DistributedDataParallel(
-                self.module,
-                device_ids=[world.device.index] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        # Gradients of a float16 loss would vanish; scaled up they survive.
-        self.scaler = torch.amp.GradScaler(
-            world.device.type, enabled=autocast_dtype is torch.float16
-        )
+
+class Engine(Protocol):
+    """Forward, backward and update over one device or many."""
+
+    name: str
+    """As in `parallel.engine`."""
+    world: World
+    training: TrainingModel
+    """What trains; its parameters may be shares of the whole ones."""
+    optimizer: torch.optim.Optimizer
+    """Its `param_groups` hold the learning rates."""
+    state_format: StateFormat
+    """`dcp`: any number of ranks and any engine with this format reads what `save` wrote."""
 
     def loss_sum(self, batch: Batch, *, is_last: bool) -> Tensor:
         """Forward pass of one row: the sum of its losses.
@@ -141,31 +163,38 @@ class Engine:
             batch: on the host or the device.
             is_last: of the step's rows on this rank; its backward pass joins the ranks.
         """
-        with self._synchronising(is_last), self._autocast():
-            return self.module(batch.to(self.world.device))
+        ...
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of `loss`; after the last row all ranks hold their average."""
-        with self._synchronising(is_last):
-            self.scaler.scale(loss).backward()
+        """Add the gradients of `loss`; after the last row they are averaged over the ranks."""
+        ...
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_norm: float
-    ) -> float:
+    def without_gradient(self) -> list[str]:
+        """After the last backward pass of a step: names of the parameters that got no gradient."""
+        ...
+
+    def step(self) -> float:
         """Clip, update and clear the gradients; the global gradient norm before clipping."""
-        self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        ...
 
-    def _synchronising(self, is_last: bool) -> Any:
-        if isinstance(self.module, DistributedDataParallel) and not is_last:
-            return self.module.no_sync()
-        return nullcontext()
+    def whole(self, dtype: torch.dtype | None = None) -> TrainingModel:
+        """The model with whole weights, on every rank, to evaluate or to save.
 
-    def _autocast(self) -> Any:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=self.autocast_dtype)
+        The running model itself where it is whole, else a copy. All ranks call it.
+
+        Args:
+            dtype: of a copy's floating-point weights; None: as they train.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the weights that train, the moments and the loss scale. All ranks call it."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. All ranks call it.
+
+        Raises:
+            ValueError: the files are damaged, or hold other tensors.
+        """
+        ...

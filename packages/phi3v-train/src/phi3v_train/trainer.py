@@ -4,7 +4,10 @@
 
     runs/ucf101/
         config.yaml         resolved, defaults included
-        log.jsonl           a line per interval
+        env.json            where it ran
+        log.jsonl           a line per interval     logs/rank-N.jsonl, of several processes
+        tensorboard/        the same for TensorBoard
+        report.html         all of it to look at
         checkpoints/        to go on from
         eval_before.json    if asked for     eval/before/predictions.jsonl
         eval_after.json     where data.eval is set
@@ -19,21 +22,22 @@ changed. A signal (Ctrl-C, SIGTERM, SIGUSR1) finishes the step and saves.
 """
 
 import math
+import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from phi3v_data.atomic import write_atomic
-from phi3v_data.shards import open_shards
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor
 
 from phi3v_train.checkpoint import (
     CheckpointError,
@@ -44,29 +48,42 @@ from phi3v_train.checkpoint import (
     model_hash,
     read_state,
     save_checkpoint,
+    settle,
 )
 from phi3v_train.collator import Batch
 from phi3v_train.config import TrainConfig, dump_config, training_maths
 from phi3v_train.engine import Engine, World, join_world
-from phi3v_train.evaluate import EvalResult, evaluate, summarize, write_result
+from phi3v_train.engine_choice import choose_engine, describe_engine, make_engine
+from phi3v_train.env_report import add_attempt, environment
+from phi3v_train.evaluate import EvalResult
 from phi3v_train.export import export_adapter, export_model
+from phi3v_train.flops import NO_WORK, Work, training_flops
+from phi3v_train.guards import explain_non_finite, guard_gradients
 from phi3v_train.interrupts import Interrupts
 from phi3v_train.methods import (
     TrainingModel,
     choose_precision,
-    load_model,
+    load_to_train,
     move,
-    part_of,
     prepare,
     read_model_config,
 )
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
-from phi3v_train.runlog import Interval, Line, RunLog, print_box
-from phi3v_train.schedule import learning_rate
+from phi3v_train.optimizer import make_optimizer, set_learning_rate
+from phi3v_train.peaks import peak_flops
+from phi3v_train.restarts import has_started, note_start
+from phi3v_train.retention import Keep, Score
+from phi3v_train.run_evaluation import RunEvaluation, open_run_evaluation
+from phi3v_train.runlog import Line, RankLine, RunLog, Sink, check_log, open_sinks
 from phi3v_train.sources import Source
+from phi3v_train.startup_box import count_parameters, describe_run, print_box
 from phi3v_train.stream import StreamSettings, TrainStream, open_stream
+from phi3v_train.throughput import Meter
 
-OUTPUTS = ("checkpoints", "eval", "model", "adapter", "log.jsonl", "config.yaml")
+OUTPUTS = (
+    *("checkpoints", "eval", "model", "adapter", "log.jsonl", "config.yaml"),
+    *("env.json", "logs", "report.html", "tensorboard"),
+)
 """What a run writes, beside eval_*.json; `--overwrite` removes these and nothing else."""
 
 
@@ -106,82 +123,140 @@ def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False)
         raise ValueError("resume goes on with a run and overwrite starts anew: choose one")
     world = join_world(config.device)
     try:
-        return _train(config, world, resume=resume, overwrite=overwrite)
+        with ExitStack() as at_end:
+            return _train(config, world, at_end, resume=resume, overwrite=overwrite)
     finally:
         world.leave()
 
 
-def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) -> TrainResult:
+def _train(
+    config: TrainConfig, world: World, at_end: ExitStack, *, resume: bool, overwrite: bool
+) -> TrainResult:
     if config.model.resolve() == (config.output_dir / "model").resolve():
         raise ValueError(
             f"model and output_dir: the result would be written over the model it starts from, "
             f"{config.model}; use another output_dir"
         )
+    # All ranks look before one of them may remove the note.
+    overwrite = overwrite and not any(world.gather(has_started(config.output_dir)))
     checkpoint = None if overwrite else latest_checkpoint(config.output_dir)
     if resume and checkpoint is None:
         raise CheckpointError(
             f"{config.output_dir} has no checkpoint to resume from; leave --resume out to start"
         )
 
+    check_log(config)
+
     # --- data: the whole order, before any image is read
     stream = _open_stream(config, world)
     num_steps = _num_steps(config, stream)
+    evaluation = _open_evaluation(config, world, stream)
 
     # --- position: a checkpoint of another run is refused before the weights are loaded
     precision = choose_precision(config.precision, world.device)
-    saved_dtype = read_model_config(config.model).dtype
+    model_config = read_model_config(config.model)
+    parallel = choose_engine(config, model_config, precision, world)
+    saved_dtype = model_config.dtype
     assert saved_dtype is None or isinstance(saved_dtype, torch.dtype)
     weights_hash = world.from_main(model_hash(config.model) if world.is_main else None)
 
-    def state_at(step: int) -> RunState:
-        return RunState(step, stream.identity, training_maths(config), weights_hash)
+    def state_at(step: int, state_format: str = "dcp", score: Score | None = None) -> RunState:
+        maths = training_maths(config)
+        return RunState(step, stream.identity, maths, weights_hash, state_format, score)
 
     start = 0
     if checkpoint is not None:
         saved = read_state(checkpoint)
         check_same_run(checkpoint, saved, state_at(saved.step))
         start = saved.step
+        if evaluation is not None:
+            evaluation.recall(start)
 
     # --- model
-    model = load_model(config.model)
-    move(model, world.device)
-    training = prepare(model, config.method, precision, seed=config.seed)
-    engine = Engine(model, world, training.autocast_dtype)
-    parameters = list(training.trainable.values())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.optim.learning_rate,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        weight_decay=config.optim.weight_decay,
+    training = load_to_train(
+        config.model, config.method, precision, seed=config.seed, device=world.device
+    )
+    model = training.model
+    counts = count_parameters(model.named_parameters())
+    engine = make_engine(
+        parallel,
+        training,
+        world,
+        lambda trainable: make_optimizer(trainable, config.optim),
+        max_grad_norm=config.optim.max_grad_norm,
     )
     if checkpoint is not None:
-        load_checkpoint(checkpoint, training.trainable, model, optimizer, engine.scaler, world)
+        load_checkpoint(checkpoint, engine)
+    sinks: list[Sink] = []
     if world.is_main:
         if overwrite:  # only now: what an earlier run left is not lost to one that cannot start
             _remove_outputs(config.output_dir)
+        if start == 0:
+            note_start(config.output_dir)
         write_atomic(config.output_dir / "config.yaml", dump_config(config))
-
-    log = RunLog(config.output_dir, is_main=world.is_main, num_steps=num_steps, start=start)
-    log.box(_box(config, world, stream, training, precision, num_steps))
+        add_attempt(config.output_dir / "env.json", environment(), start_step=start)
+        sinks = open_sinks(config, start=start)
+        for sink in sinks:
+            at_end.callback(sink.close)
+        print_box(
+            describe_run(
+                config,
+                world,
+                stream,
+                counts,
+                precision=precision,
+                num_steps=num_steps,
+                engine=describe_engine(parallel) if parallel.engine != "single" else None,
+            )
+        )
+    log = RunLog(
+        config.output_dir,
+        is_main=world.is_main,
+        num_steps=num_steps,
+        start=start,
+        rank=world.rank if world.world_size > 1 else None,
+        sinks=sinks,
+    )
     if checkpoint is not None:
         log.say(f"going on from {checkpoint.name}: {start} of {num_steps} steps are done")
 
     before: EvalResult | None = None
-    if config.eval.before and start == 0:
-        before = _evaluate(config, world, model, stream, log, "before")
+    if evaluation is not None and config.eval.before and start == 0:
+        with _progress("evaluating", is_shown=world.is_main) as on_progress:
+            before = evaluation.answer(
+                engine.whole(training.autocast_dtype).model,
+                "before",
+                training.autocast_dtype,
+                on_progress,
+            )
+        log.say(f"before training: {before}")
+        if before.score is not None:
+            log.scores(start, {before.metric: before.score})
 
-    def save(step: int) -> None:
-        path = save_checkpoint(
-            config.output_dir,
-            state_at(step),
-            training.trainable,
-            model,
-            optimizer,
-            engine.scaler.state_dict(),
-            world,
-            keep=config.checkpoint.keep,
-        )
+    def evaluate_after(step: int) -> None:
+        if evaluation is not None and evaluation.is_due(step, num_steps):
+            model.eval()
+            with _progress("evaluating", is_shown=world.is_main) as on_progress:
+                point = evaluation.after_step(
+                    step,
+                    num_steps,
+                    engine.loss_sum,
+                    partial(engine.whole, training.autocast_dtype),
+                    on_progress,
+                )
+            model.train()
+            log.say(evaluation.describe(point))
+            log.scores(step, point.values)
+
+    keep = Keep(
+        config.checkpoint.keep, config.checkpoint.keep_best, config.checkpoint.keep_every_steps
+    )
+    if world.is_main:  # what a kill left half done
+        settle(config.output_dir, keep)
+
+    def save(step: int, score: Score | None = None) -> None:
+        state = state_at(step, engine.state_format, score)
+        path = save_checkpoint(config.output_dir, state, engine, world, keep)
         log.say(f"saved {path}")
 
     # --- the loop
@@ -190,46 +265,96 @@ def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) 
 
     model.train()
     done, saved_at, stopped_by = start, start, None
-    steps = stream.steps(start, num_steps)
+    last_save = time.monotonic()
+    if start and evaluation is not None and not evaluation.is_known(start):
+        evaluate_after(start)  # a signal came first
+    is_over = evaluation is not None and evaluation.is_out_of_patience
+    steps = stream.steps(start, start if is_over else num_steps)
     with Interrupts(heard) as interrupts, log, closing(steps):
-        interval = Interval(started=time.perf_counter())
+        meter = Meter(peak_flops=_peak(world, precision), num_devices=world.world_size)
+        losses: list[float] = []  # since the last line
+        num_labels = 0
         waited_from = time.perf_counter()
         for step, rows in steps:
             waited = time.perf_counter() - waited_from
-            rate = learning_rate(config.optim, step, num_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss, label_tokens = _forward_backward(config, engine, rows, step)
+            for name in stream.take_skipped():
+                log.say(f"left out, its bytes are damaged: {name} ({stream.num_skipped} so far)")
+            rate = set_learning_rate(engine.optimizer, config.optim, step, num_steps)
+            row_losses, label_tokens = _forward_backward(config, engine, rows, step)
             if step == start:
-                _guard_gradients(training)
-            norm = engine.step(optimizer, parameters, config.optim.max_grad_norm)
+                guard_gradients(engine)
             done = step + 1
 
-            loss, waits, tokens, images, stop = world.sum(
-                loss,
+            work = sum(map(Work.of_row, rows), NO_WORK)
+            # The main process's clock says when so many minutes are over.
+            is_due = world.is_main and config.checkpoint.is_due(done, time.monotonic() - last_save)
+            loss, waits, tokens, images, flops, stop, due = world.sum(
+                float(torch.stack(row_losses).sum()),
                 waited,
-                sum(len(row.input_ids) for row in rows),
+                work.num_tokens,
                 sum(len(row.crop_grid) for row in rows),
+                training_flops(model_config, config.method, work),
                 int(interrupts.signal or 0),
+                is_due,
             )
-            loss /= label_tokens
-            interval.add(
-                loss=loss,
-                label_tokens=int(label_tokens),
-                tokens=int(tokens),
-                images=int(images),
-                wait=waits / world.world_size,
-            )
+            if not math.isfinite(loss):
+                seed = partial(_seed_row, config, world, step)
+                raise ValueError(
+                    explain_non_finite(engine, rows, row_losses, step=step, reseed=seed)
+                )
+            norm = engine.step()
+            loss /= max(label_tokens, 1)
+            losses.append(loss)
+            num_labels += int(label_tokens)
+            wait = waits / world.world_size
+            meter.add(tokens=tokens, images=images, flops=flops, wait_seconds=wait)
             log.advance(done, loss)
             if done % config.train.log_every == 0 or done == num_steps:
-                log.line(_line(log, interval, done, num_steps, stream, rate, norm, world))
-                interval = Interval(started=time.perf_counter())
-            every = config.checkpoint.every_steps
-            if stop or done == num_steps or (every is not None and done % every == 0):
-                save(done)
-                saved_at = done
+                reading = meter.read()
+                memory, seconds = _memory_gib(world.device), time.perf_counter() - log.started
+                log.line(
+                    Line(
+                        step=done,
+                        num_steps=num_steps,
+                        epoch=stream.epochs_at(done),
+                        loss=sum(losses) / len(losses),
+                        learning_rate=rate,
+                        grad_norm=norm,
+                        label_tokens=num_labels,
+                        tokens_per_second=reading.tokens_per_second,
+                        images_per_second=reading.images_per_second,
+                        data_wait=reading.data_wait,
+                        memory_gib=memory,
+                        mfu=reading.mfu,
+                        eta_seconds=meter.seconds_left(done - start, num_steps - done),
+                        seconds=seconds,
+                    )
+                )
+                log.rank_line(
+                    RankLine(
+                        step=done,
+                        num_rows=len(rows),
+                        num_samples=sum(len(row.sample_ids) for row in rows),
+                        num_tokens=work.num_tokens,
+                        num_crops=work.num_crops,
+                        wait_seconds=waited,
+                        memory_gib=memory,
+                        seconds=seconds,
+                    )
+                )
+                losses, num_labels = [], 0
+            if evaluation is not None and not stop:
+                with meter.outside():
+                    evaluate_after(done)
+                is_over = evaluation.is_out_of_patience
+            if stop or due or is_over or done == num_steps:
+                with meter.outside():
+                    save(done, evaluation.score_at(done) if evaluation is not None else None)
+                saved_at, last_save = done, time.monotonic()
             if stop and done < num_steps:
                 stopped_by = interrupts.signal or signal.SIGTERM  # another rank heard it
+                break
+            if is_over:
                 break
             waited_from = time.perf_counter()
     assert saved_at == done
@@ -238,12 +363,25 @@ def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) 
         log.say(f"stopped after {done} of {num_steps} steps; run the same command again to go on")
         return TrainResult(done, num_steps, None, stopped_by=stopped_by)
 
+    if evaluation is not None and is_over and done < num_steps:
+        log.say(f"ended after {done} of {num_steps} steps: {evaluation.why_it_is_over}")
+
     # --- the result
-    output = _export(config, world, training, saved_dtype)
+    is_lora = training.adapters is not None
+    trained = engine.whole(None if is_lora else saved_dtype)
+    output = _export(config, world, trained, saved_dtype)
     log.say(f"wrote {output}")
     after: EvalResult | None = None
-    if config.eval.after and config.data.eval is not None:
-        after = _evaluate(config, world, model, stream, log, "after")
+    if config.eval.after and evaluation is not None:
+        with _progress("evaluating", is_shown=world.is_main) as on_progress:
+            after = evaluation.answer(trained.model, "after", on_progress=on_progress)
+        log.say(f"after training: {after}")
+        if after.score is not None:
+            log.scores(done, {after.metric: after.score})
+    if world.is_main and config.log.report:
+        from phi3v_train.report import write_report  # with matplotlib, which nothing else needs
+
+        log.say(f"wrote {write_report(config.output_dir).path}")
     return TrainResult(
         done,
         num_steps,
@@ -255,47 +393,28 @@ def _train(config: TrainConfig, world: World, *, resume: bool, overwrite: bool) 
 
 def _forward_backward(
     config: TrainConfig, engine: Engine, rows: list[Batch], step: int
-) -> tuple[float, float]:
-    """All rows of this rank: (its sum of losses, label tokens of the step over all ranks)."""
+) -> tuple[list[Tensor], float]:
+    """All rows of this rank: (a sum of losses each, label tokens of the step over all ranks)."""
     world = engine.world
     (label_tokens,) = world.sum(sum(row.num_label_tokens for row in rows))
-    losses: list[torch.Tensor] = []
+    losses: list[Tensor] = []
     for number, row in enumerate(rows):
-        # Dropout is a function of the position, not of what ran before it.
-        torch.manual_seed(_row_seed(config.seed, step, world.rank, number))
+        _seed_row(config, world, step, number)
         is_last = number == len(rows) - 1
         try:
             loss = engine.loss_sum(row, is_last=is_last)
             # Ranks average their gradients; the loss is a sum over ranks.
-            engine.backward(loss * (world.world_size / label_tokens), is_last=is_last)
+            engine.backward(loss * (world.world_size / max(label_tokens, 1)), is_last=is_last)
         except torch.OutOfMemoryError as error:
             raise ValueError(_out_of_memory(config, row)) from error
         losses.append(loss.detach())
-    total = float(torch.stack(losses).sum())
-    if not math.isfinite(total):
-        for row, loss in zip(rows, losses, strict=True):
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"step {step + 1}, rank {world.rank}: the loss is {float(loss)} on samples "
-                    f"{', '.join(row.sample_ids)}; a lower optim.learning_rate or precision=fp32 "
-                    "may help"
-                )
-    return total, label_tokens
+    return losses, label_tokens
 
 
-def _row_seed(*position: int) -> int:
-    return int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _guard_gradients(training: TrainingModel) -> None:
-    """After the first backward pass every trainable tensor has a gradient; zero is one."""
-    missing = [name for name, p in training.trainable.items() if p.grad is None]
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
-        raise ValueError(
-            f"{len(missing)} of {len(training.trainable)} trainable tensors got no gradient in the "
-            f"first step and would never train: {shown}; freeze them, or report this"
-        )
+def _seed_row(config: TrainConfig, world: World, step: int, number: int) -> None:
+    """Dropout is a function of the position, not of what ran before it."""
+    position = np.random.SeedSequence((config.seed, step, world.rank, number))
+    torch.manual_seed(int(position.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 def _out_of_memory(config: TrainConfig, row: Batch) -> str:
@@ -322,7 +441,10 @@ def _open_stream(config: TrainConfig, world: World) -> TrainStream:
         global_batch_unit=config.train.global_batch_unit,
         temperature=config.data.temperature,
         epoch_size=config.data.epoch_size,
-        window_bytes=(config.data.shuffle_window_mib or 0) << 20,
+        window_bytes=(
+            config.data.shuffle_window_mib << 20 if config.data.shuffle_window_mib else None
+        ),
+        damaged=config.data.damaged,
         rank=world.rank,
         world_size=world.world_size,
         num_workers=config.data.num_workers,
@@ -331,6 +453,15 @@ def _open_stream(config: TrainConfig, world: World) -> TrainStream:
     sources = [Source(source.path, source.weight) for source in config.data.train]
     with _progress("measuring samples", is_shown=world.is_main) as on_progress:
         return open_stream(sources, config.model, settings, on_progress)
+
+
+def _open_evaluation(
+    config: TrainConfig, world: World, stream: TrainStream
+) -> RunEvaluation | None:
+    if config.data.eval is None or not config.eval.is_wanted:
+        return None
+    with _progress("measuring data.eval", is_shown=world.is_main) as on_progress:
+        return open_run_evaluation(config, world, stream.encoder, stream.settings, on_progress)
 
 
 @contextmanager
@@ -364,42 +495,6 @@ def _remove_outputs(output_dir: Path) -> None:
         path.unlink()
 
 
-def _evaluate(
-    config: TrainConfig,
-    world: World,
-    model: Phi3VForCausalLM,
-    stream: TrainStream,
-    log: RunLog,
-    when: str,
-) -> EvalResult:
-    """Evaluate on all ranks, each its share, and write the result."""
-    assert config.data.eval is not None
-    reader = open_shards(config.data.eval)
-    count = min(len(reader), config.eval.limit or len(reader))
-    own = range(world.rank, count, world.world_size)
-    with _progress(f"evaluating {when}", is_shown=world.is_main) as on_progress:
-        shares = world.gather(
-            evaluate(
-                model,
-                stream.encoder,
-                reader,
-                numbers=own,
-                max_new_tokens=config.eval.max_new_tokens,
-                on_progress=lambda done: on_progress(done, len(own)),
-            )
-        )
-    merged = [
-        shares[number % world.world_size][number // world.world_size] for number in range(count)
-    ]
-    result = summarize(merged)
-    if world.is_main:
-        write_result(result, config.output_dir / "eval" / when)
-        text = (config.output_dir / "eval" / when / "eval.json").read_text()
-        write_atomic(config.output_dir / f"eval_{when}.json", text)
-    log.say(f"{when} training: {result}")
-    return result
-
-
 def _export(
     config: TrainConfig, world: World, training: TrainingModel, dtype: torch.dtype | None
 ) -> Path:
@@ -416,108 +511,21 @@ def _export(
     return output
 
 
-def _line(
-    log: RunLog,
-    interval: Interval,
-    done: int,
-    num_steps: int,
-    stream: TrainStream,
-    rate: float,
-    norm: float,
-    world: World,
-) -> Line:
-    seconds = time.perf_counter() - interval.started
-    memory = None
-    if world.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(world.device) / 2**30
-    return Line(
-        step=done,
-        num_steps=num_steps,
-        epoch=stream.epochs_at(done),
-        loss=interval.loss / interval.num_steps,
-        learning_rate=rate,
-        grad_norm=norm,
-        label_tokens=interval.label_tokens,
-        tokens_per_second=interval.tokens / seconds,
-        images_per_second=interval.images / seconds,
-        data_wait=interval.wait_seconds / seconds,
-        memory_gib=memory,
-        seconds=time.perf_counter() - log.started,
-    )
+def _peak(world: World, precision: str) -> float | None:
+    """Operations a second of one device at most; None where that is not known."""
+    if world.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(world.device), precision)
+
+
+def _memory_gib(device: torch.device) -> float:
+    """Peak so far: of a GPU what torch allocated, of a CPU what this process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # --- what is about to run -------------------------------------------------------------------------
-
-
-def _trainable_by_part(trainable: dict[str, nn.Parameter]) -> str:
-    counts: dict[str, int] = {}
-    for name, parameter in trainable.items():
-        part = part_of(name)
-        counts[part] = counts.get(part, 0) + parameter.numel()
-    return ", ".join(f"{part} {count:,}" for part, count in counts.items())
-
-
-def _box(
-    config: TrainConfig,
-    world: World,
-    stream: TrainStream,
-    training: TrainingModel,
-    precision: str,
-    num_steps: int,
-) -> dict[str, str]:
-    total = sum(p.numel() for p in training.model.parameters())
-    trainable = sum(p.numel() for p in training.trainable.values())
-    method = config.method.name
-    if method == "lora":
-        method += f", rank {config.method.lora.rank}, alpha {config.method.lora.alpha}"
-    return {
-        "model": f"{config.model} ({total:,} parameters)",
-        "method": f"{method}, {precision}",
-        "trainable": f"{trainable:,} ({trainable / total:.1%}): "
-        + _trainable_by_part(training.trainable),
-        "devices": f"{world.world_size} x {world.device.type}",
-        **_data_rows(config, stream, num_steps),
-        "output": str(config.output_dir),
-    }
-
-
-def _data_rows(config: TrainConfig, stream: TrainStream, num_steps: int) -> dict[str, str]:
-    """What the plan of the first epoch amounts to."""
-    summary = stream.plan(0).summary()
-    sources = stream.sources
-    rows = {
-        "data": f"{summary.num_samples:,} samples an epoch, {summary.num_tokens:,} tokens, "
-        f"{summary.num_label_tokens:,} of them learned; num_crops {config.data.num_crops}",
-    }
-    if len(sources.readers) > 1:
-        rows["sources"] = ", ".join(
-            f"{source.path} {count:,} of {size:,}"
-            for source, count, size in zip(
-                sources.sources, stream.samples_by_source(0), sources.sizes, strict=True
-            )
-        )
-    if len(stream.overlong):
-        rows["dropped"] = f"{len(stream.overlong):,} too long for a row: {stream.name_overlong()}"
-    rows["rows"] = (
-        f"{summary.num_rows:,} an epoch, {summary.utilisation:.0%} of "
-        f"{config.data.max_tokens_per_row} tokens full; {summary.num_empty_rows:,} empty ones"
-    )
-    rows["balance"] = (
-        f"{summary.balance:.1%}; tokens by rank {_spread(summary.tokens_per_rank)}, "
-        f"crops {_spread(summary.crops_per_rank)}"
-    )
-    unit = config.train.global_batch_unit.replace("_", " ")
-    rows["steps"] = (
-        f"{num_steps:,} of {config.train.global_batch_size} {unit}; "
-        f"{stream.steps_per_epoch:,} an epoch"
-    )
-    return rows
-
-
-def _spread(counts: Sequence[int]) -> str:
-    """`1,200`, or `1,150 to 1,250` over the ranks."""
-    least, most = min(counts), max(counts)
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def describe(config: TrainConfig, *, world_size: int = 1) -> None:
@@ -529,11 +537,23 @@ def describe(config: TrainConfig, *, world_size: int = 1) -> None:
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     world = World(rank=0, world_size=world_size, device=device)
     stream = _open_stream(config, world)
+    model_config = read_model_config(config.model)
     with torch.device("meta"):
-        model = Phi3VForCausalLM(read_model_config(config.model))
+        model = Phi3VForCausalLM(model_config)
     precision = choose_precision(config.precision, device)
-    training = prepare(model, config.method, precision, seed=config.seed)
-    print_box(_box(config, world, stream, training, precision, _num_steps(config, stream)))
+    parallel = choose_engine(config, model_config, precision, world)
+    prepare(model, config.method, precision, seed=config.seed)
+    print_box(
+        describe_run(
+            config,
+            world,
+            stream,
+            count_parameters(model.named_parameters()),
+            precision=precision,
+            num_steps=_num_steps(config, stream),
+            engine=describe_engine(parallel) if parallel.engine != "single" else None,
+        )
+    )
     checkpoint = latest_checkpoint(config.output_dir)
     if checkpoint is not None:
         print_box({"would go on from": str(checkpoint)})
