@@ -2,10 +2,25 @@ import json
 from pathlib import Path
 
 import pytest
-from phi3v_data import Sample, Turn
-from phi3v_train.evaluate import Prediction, evaluate, evaluate_model, generate_answers, summarize
+import torch
+from phi3v_data import Sample, Turn, write_samples, write_shards
+from phi3v_train.collator import collate
+from phi3v_train.engine import World
+from phi3v_train.eval_loss import evaluate_loss, open_eval_rows
+from phi3v_train.evaluate import (
+    EvalResult,
+    evaluate,
+    evaluate_model,
+    evaluate_on_all_ranks,
+    generate_answers,
+    prompt_lengths,
+    summarize,
+    write_result,
+)
+from phi3v_train.predictions import Prediction
+from phi3v_train.stream import StreamSettings
 
-from tests.train.builders import fresh_model, make_shards, open_toy
+from tests.train.builders import fresh_model, make_sample, make_shards, open_toy
 
 
 def test_answers_of_a_batch_equal_those_one_by_one(tiny: Path, toy_shards: Path) -> None:
@@ -40,7 +55,10 @@ def test_any_of_several_accepted_answers_is_right(tiny: Path, tmp_path: Path) ->
     accepted = make_shards(tmp_path / "both", [_question("Nothing.", plain.prediction + ".")])
     encoder, reader = open_toy(tiny, accepted)
     (found,) = evaluate(model, encoder, reader, numbers=[0], max_new_tokens=4)
-    assert found == Prediction("q", plain.prediction, "Nothing.", correct=True)
+    answers = ("Nothing.", plain.prediction + ".")
+    assert found == Prediction(
+        "q", "toy", plain.prediction, "Nothing.", answers, correct=True, score=1.0
+    )
     assert summarize([found, plain]).accuracy == 0.5
 
 
@@ -52,3 +70,159 @@ def _question(*answers: str) -> Sample:
 def test_a_folder_that_is_no_model_is_refused(toy_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model folder"):
         evaluate_model(tmp_path / "none", toy_shards, device="cpu")
+
+
+def test_a_split_without_answers_is_answered_and_not_scored(tiny: Path, tmp_path: Path) -> None:
+    turn = Turn(images=(), user="What?")
+    write_samples(tmp_path / "t.jsonl", [Sample(id="q", source="toy", conversations=(turn,))])
+    write_shards(
+        [tmp_path / "t.jsonl"], tmp_path / "shards", allow_missing_answer=True, num_workers=1
+    )
+    result = evaluate_model(
+        tiny, tmp_path / "shards", max_new_tokens=2, device="cpu", out_dir=tmp_path / "eval"
+    )
+    assert str(result) == "1 answers; the data has none to compare them with"
+    (line,) = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(line)["answer"] is None
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text()) == {
+        "metric": "accuracy",
+        "num_samples": 1,
+        "score": None,
+    }
+
+
+def said(name: str, text: str, *answers: str, score: float, source: str = "toy") -> Prediction:
+    return Prediction(name, source, text, answers[0], answers, text in answers, score)
+
+
+def test_answers_that_are_classes_leave_a_confusion_matrix_and_docvqa_a_submission(
+    tmp_path: Path,
+) -> None:
+    classes = summarize([said(f"s{n}", "yes", "yes", score=1.0) for n in range(4)])
+    write_result(classes, tmp_path / "classes")
+    assert {path.name for path in (tmp_path / "classes").iterdir()} == {
+        *("confusion.json", "confusion.txt", "eval.json", "predictions.jsonl")
+    }
+    texts = [said(f"val-{n}", f"{n}", f"{n}", score=1.0, source="docvqa") for n in range(4)]
+    write_result(summarize(texts, "anls"), tmp_path / "texts")
+    assert {path.name for path in (tmp_path / "texts").iterdir()} == {
+        *("rrc_submission.json", "eval.json", "predictions.jsonl")
+    }
+
+
+def test_the_summary_of_anls_has_both_scores() -> None:
+    result = summarize(
+        [said("a", "x", "x", score=1.0), said("b", "abcx", "abcd", score=0.75)], "anls"
+    )
+    assert isinstance(result, EvalResult)
+    assert str(result) == "ANLS 0.8750 (2 answers, 1 of them exact)"
+    summary = result.summary()
+    assert (summary["metric"], summary["score"], summary["anls"]) == ("anls", 0.875, 0.875)
+    assert (summary["accuracy"], summary["num_correct"]) == (0.5, 1)
+
+
+def test_samples_with_and_without_answers_are_not_scored_together() -> None:
+    bare = Prediction("bare", "toy", "x", None, (), None, None)
+    with pytest.raises(ValueError, match=r"'bare' has no answer .* 1 of 2 samples have one"):
+        summarize([said("a", "x", "x", score=1.0), bare])
+    with pytest.raises(ValueError, match="no samples to evaluate"):
+        summarize([])
+
+
+def test_a_prompt_is_as_long_as_it_is_when_encoded(tiny: Path, toy_shards: Path) -> None:
+    encoder, reader = open_toy(tiny, toy_shards, num_crops=2)
+    records = [reader[number] for number in range(6)]
+    encoded = [encoder(r.sample, r.images, for_generation=True) for r in records]
+    assert prompt_lengths(reader, encoder, range(6)) == [len(e.input_ids) for e in encoded]
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_ranks_answer_every_sample_once_and_merge_in_the_order_of_the_data(
+    tiny: Path, toy_shards: Path, count: int
+) -> None:
+    encoder, reader = open_toy(tiny, toy_shards)
+    model = fresh_model(tiny)
+    cpu = torch.device("cpu")
+    alone = evaluate_on_all_ranks(
+        model, encoder, reader, World(0, 1, cpu), count=count, max_new_tokens=3
+    )
+    shares: list[list[tuple[int, Prediction]]] = []
+
+    class Recording(World):
+        def gather(self, value):
+            shares.append(value)
+            rest = [n for n in range(count) if n not in {number for number, _ in value}]
+            return [value, [(n, alone[n]) for n in rest]]
+
+    for rank in range(2):
+        merged = evaluate_on_all_ranks(
+            model, encoder, reader, Recording(rank, 2, cpu), count=count, max_new_tokens=3
+        )
+        assert merged == alone
+    numbers = [number for share in shares for number, _ in share]
+    assert sorted(numbers) == list(range(count))
+    assert abs(len(shares[0]) - len(shares[1])) <= 1
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def settings(**changes: int) -> StreamSettings:
+    base = {"num_crops": 1, "max_tokens_per_row": 4096, "global_batch_size": 4, "num_epochs": 3}
+    return StreamSettings(**{**base, "seed": 7, **changes})  # pyright: ignore[reportArgumentType]
+
+
+def loss_over(
+    tiny: Path, shards: Path, *, limit: int | None = None, ranks: int = 1, **changes: int
+) -> float:
+    """The loss as `ranks` processes would compute it, one after the other."""
+    encoder, _ = open_toy(tiny, shards)
+    model = fresh_model(tiny)
+    sums: list[tuple[float, ...]] = []
+
+    class Adding(World):
+        def sum(self, *values):
+            sums.append(tuple(map(float, values)))
+            return list(values)
+
+    def loss_sum(batch, *, is_last):
+        return model.packed_loss(batch)
+
+    for rank in range(ranks):
+        rows = open_eval_rows(
+            shards, encoder, settings(rank=rank, world_size=ranks, **changes), limit=limit
+        )
+        evaluate_loss(rows, loss_sum, Adding(rank, ranks, torch.device("cpu")))
+    total, count = map(sum, zip(*sums, strict=True))
+    return total / count
+
+
+def test_the_loss_is_the_mean_over_the_label_tokens_of_each_sample_alone(
+    tiny: Path, toy_shards: Path
+) -> None:
+    encoder, reader = open_toy(tiny, toy_shards)
+    model = fresh_model(tiny)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for record in reader:
+            encoded = encoder(record.sample, record.images)
+            total += float(model.packed_loss(collate([encoded])))
+            count += int((encoded.labels != -100).sum())
+    assert loss_over(tiny, toy_shards) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_loss_depends_neither_on_rows_nor_on_ranks(tiny: Path, toy_shards: Path) -> None:
+    whole = loss_over(tiny, toy_shards)
+    # Shorter than some samples: those have a row of their own.
+    assert loss_over(tiny, toy_shards, max_tokens_per_row=64) == pytest.approx(whole, rel=1e-5)
+    assert loss_over(tiny, toy_shards, ranks=2) == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_loss_of_the_first_samples_is_theirs_alone(tiny: Path, tmp_path: Path) -> None:
+    few = [make_sample(f"s{n}", ((), f"What is {n}?", f"Thing {n}.")) for n in range(3)]
+    more = [*few, make_sample("long", ((), "Who? " * 900, "Nobody, " * 30))]
+    alone = make_shards(tmp_path / "few", few)
+    together = make_shards(tmp_path / "more", more)
+    expected = loss_over(tiny, alone)
+    assert loss_over(tiny, together, limit=3) == pytest.approx(expected, rel=1e-5)
+    assert loss_over(tiny, together) != pytest.approx(expected, rel=1e-3)

@@ -15,6 +15,8 @@ from typing import Literal, ParamSpec, TypeVar
 
 import click
 
+from phi3v_train.recipe_flags import RecipeFlags, with_recipe_flags
+
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
     # --out_dir and --out-dir are the same option, on every command.
@@ -90,6 +92,17 @@ def init_tiny_command(out_dir: Path, seed: int) -> None:
 @click.argument("arguments", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
 @click.option("--nproc", type=click.IntRange(1), help="Processes, one per device.  [default: 1]")
 @click.option(
+    "--nnodes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Machines; run the same command on each.",
+)
+@click.option("--node_rank", type=click.IntRange(0), help="With --nnodes: which one this is.")
+@click.option(
+    "--rdzv_endpoint", metavar="HOST:PORT", help="With --nnodes: a free port of machine 0."
+)
+@click.option(
     "--max_restarts",
     type=click.IntRange(0),
     default=0,
@@ -100,15 +113,20 @@ def init_tiny_command(out_dir: Path, seed: int) -> None:
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run in output_dir, start anew.")
 @click.option("--eval_before", is_flag=True, help="The same as eval.before=true.")
 @click.option("--dry_run", is_flag=True, help="Show what would run, and run nothing.")
+@with_recipe_flags
 @_one_line_errors
 def launch_command(
     arguments: tuple[str, ...],
     nproc: int | None,
+    nnodes: int,
+    node_rank: int | None,
+    rdzv_endpoint: str | None,
     max_restarts: int,
     resume: bool,
     overwrite: bool,
     eval_before: bool,
     dry_run: bool,
+    recipe: RecipeFlags,
 ) -> None:
     """Train as the YAML file CONFIG says, or by its defaults.
 
@@ -119,7 +137,11 @@ def launch_command(
       phi3v-train launch ucf101.yaml
       phi3v-train launch ucf101.yaml optim.learning_rate=1e-5 method.name=lora
       phi3v-train launch ucf101.yaml --nproc 8        # one process per GPU
+      phi3v-train launch ucf101.yaml --nproc 8 --nnodes 2 --node_rank 0 --rdzv_endpoint host0:29400
       phi3v-train launch ucf101.yaml --dry_run        # resolved config, rows, steps, parameters
+
+    The options from --task on are those of the cookbook's scripts: `launch --task ucf101
+    --data_dir converted --use_lora` validates and shards the JSONL itself, into a cache.
 
     Checkpoints, log.jsonl, eval_before.json and eval_after.json, and the trained model/ or
     adapter/ go to output_dir. Ctrl-C, SIGTERM and SIGUSR1 finish the step and save a checkpoint;
@@ -138,10 +160,19 @@ def launch_command(
       checkpoint.every_steps     none: only at the end
     """
     config_path, overrides = _split_arguments(arguments)
+    if recipe.is_any_given:
+        overrides = _recipe_overrides(recipe, overrides, has_config=config_path is not None)
     if eval_before:
         overrides = (*overrides, "eval.before=true")
     if dry_run:
-        _show_dry_run(config_path, overrides, nproc)
+        _show_dry_run(
+            config_path,
+            overrides,
+            nproc=nproc,
+            nnodes=nnodes,
+            node_rank=node_rank,
+            rdzv_endpoint=rdzv_endpoint,
+        )
         return
 
     from phi3v_train.launch import launch
@@ -151,11 +182,34 @@ def launch_command(
             config_path,
             overrides,
             nproc=nproc,
+            nnodes=nnodes,
+            node_rank=node_rank,
+            rdzv_endpoint=rdzv_endpoint,
             resume=resume,
             overwrite=overwrite,
             max_restarts=max_restarts,
         )
     )
+
+
+def _recipe_overrides(
+    recipe: RecipeFlags, own: tuple[str, ...], *, has_config: bool
+) -> tuple[str, ...]:
+    from phi3v_train.rank_place import rank_place
+    from phi3v_train.recipe_data import recipe_overrides
+
+    has_gpu = False
+    if recipe.task is not None:  # only then does it matter, and torch takes seconds
+        import torch
+
+        has_gpu = torch.cuda.is_available()
+    is_main = rank_place(os.environ).rank == 0
+
+    def say(text: str) -> None:
+        if is_main:
+            click.echo(text, err=True)
+
+    return recipe_overrides(recipe, own, has_config=has_config, has_gpu=has_gpu, say=say)
 
 
 def _split_arguments(arguments: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
@@ -165,19 +219,34 @@ def _split_arguments(arguments: tuple[str, ...]) -> tuple[str | None, tuple[str,
     return None, arguments
 
 
-def _show_dry_run(config_path: str | None, overrides: tuple[str, ...], nproc: int | None) -> None:
+def _show_dry_run(
+    config_path: str | None,
+    overrides: tuple[str, ...],
+    *,
+    nproc: int | None,
+    nnodes: int,
+    node_rank: int | None,
+    rdzv_endpoint: str | None,
+) -> None:
     import os
 
     from phi3v_train.config import dump_config, load_config
-    from phi3v_train.launch import check_nproc
+    from phi3v_train.launch import check_crew
 
     config = load_config(config_path, overrides)
-    world_size = check_nproc(config, nproc, os.environ) or 1
+    crew = check_crew(
+        config,
+        os.environ,
+        nproc=nproc,
+        nnodes=nnodes,
+        node_rank=node_rank,
+        rdzv_endpoint=rdzv_endpoint,
+    )
     click.echo(dump_config(config))
 
     from phi3v_train.trainer import describe
 
-    describe(config, world_size=world_size)
+    describe(config, world_size=crew.world_size if crew is not None else 1)
 
 
 _model_option = click.option(
@@ -461,6 +530,100 @@ def export_command(
         source, out_dir, model=model, best=best, adapter_only=adapter_only, check=check
     )
     click.echo(exported)
+
+
+@main.command("estimate")
+@click.argument("arguments", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
+@click.option("--gpu", metavar="KEY", help="Kind of GPU: a100-80g, h100-80g, rtx-4090 ...")
+@click.option("--sku", metavar="NAME", help="Azure size instead: Standard_ND96asr_v4 ...")
+@click.option(
+    "--num_gpus", type=click.IntRange(1), help="In a machine.  [default: 1, or all of the size's]"
+)
+@click.option(
+    "--num_machines", type=click.IntRange(1), default=1, show_default=True, help="Of that kind."
+)
+@click.option(
+    "--efficiency",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of the GPU's peak while it computes.  [default: an assumption, by kind]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every number.")
+@_one_line_errors
+def estimate_command(
+    arguments: tuple[str, ...],
+    gpu: str | None,
+    sku: str | None,
+    num_gpus: int | None,
+    num_machines: int,
+    efficiency: float | None,
+    as_json: bool,
+) -> None:
+    """Predict memory and speed of every method on named GPUs, and say what to run.
+
+    Arithmetic only: neither GPU nor weights are needed. Where CONFIG (or KEY=VALUE) names a model
+    folder and shards that exist, sizes and lengths are theirs; else they are those of
+    Phi-3.5-vision and of pages of documents.
+
+    \b
+      phi3v-train estimate --sku Standard_ND96asr_v4 train.global_batch_size=64
+      phi3v-train estimate docvqa.yaml --gpu a100-80g --num_gpus 8
+      phi3v-train estimate ucf101.yaml --gpu rtx-4090 --json
+
+    Exit status: 0 something fits, 1 nothing does.
+    """
+    import json
+
+    from rich.console import Console
+
+    from phi3v_train.estimate_report import make_report, print_report
+
+    config_path, overrides = _split_arguments(arguments)
+    report = make_report(
+        config_path,
+        overrides,
+        gpu=gpu,
+        sku=sku,
+        num_gpus=num_gpus,
+        num_machines=num_machines,
+        efficiency=efficiency,
+    )
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=2))
+    else:
+        print_report(report, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+    sys.exit(0 if report.advice.option is not None else 1)
+
+
+@main.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_one_line_errors
+def doctor_command(as_json: bool) -> None:
+    """Show what a bug report needs, and what is wrong with this machine.
+
+    Versions, driver, GPUs and whether this torch has kernels for them, memory, disks, limits; then
+    findings, each with the way out.
+
+    \b
+      phi3v-train doctor
+      phi3v-train doctor --json > machine.json
+
+    Exit status: 0 nothing stops training, 1 something does.
+    """
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from phi3v_train.doctor import collect, examine, print_diagnosis
+
+    facts = collect()
+    findings = examine(facts)
+    if as_json:
+        record = {"facts": asdict(facts), "findings": [asdict(finding) for finding in findings]}
+        click.echo(json.dumps(record, indent=2))
+    else:
+        print_diagnosis(facts, findings, Console(highlight=False))
+    sys.exit(1 if any(finding.severity == "error" for finding in findings) else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""Evaluation in several processes of this machine, one a device, through torchrun.
+
+run_eval_processes(8, {"model": Path("runs/a/model"), "data": Path("shards/val"), "limit": None})
+
+# python -m torch.distributed.run --standalone --nproc_per_node=8 -m phi3v_train.cli eval ...
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+
+from phi3v_train.launch import run_forwarding_signals, worker_environment
+
+
+def eval_command_line(nproc: int, options: Mapping[str, object]) -> list[str]:
+    """The command line that runs `phi3v-train eval` with these options in `nproc` processes.
+
+    Args:
+        nproc: how many.
+        options: by name; None: not given.
+    """
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc_per_node={nproc}",
+        "-m", "phi3v_train.cli", "eval",
+        *[f"--{name}={value}" for name, value in given.items()],
+    ]  # fmt: skip
+
+
+def run_eval_processes(nproc: int, options: Mapping[str, object]) -> int:
+    """Run them to their end; their exit status."""
+    command = eval_command_line(nproc, options)
+    return run_forwarding_signals(command, worker_environment(os.environ, nproc))
