@@ -74,6 +74,8 @@ def toy_overrides(model: Path, shards: Path, output_dir: Path, *more: str) -> li
         "device=cpu",
         "data.num_crops=1",
         "data.num_workers=0",
+        "log.report=false",
+        "log.tensorboard=false",
         "train.global_batch_size=4",
         "train.num_epochs=2",
         "train.log_every=1",

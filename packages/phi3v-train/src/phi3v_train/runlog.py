@@ -1,56 +1,39 @@
-"""What a run says: a box at the start, a line per interval, a log anyone can read.
+"""What a run says: a line per interval, and a log anyone can read.
 
-    ╭─ phi3v-train ───────────────────────────────────────╮
-    │ model      models/tiny (312,448 parameters)         │
-    │ method     full, fp32                               │
-    │ ...                                                 │
-    ╰─────────────────────────────────────────────────────╯
-    step   10/120  loss 3.1415  lr 2.0e-04  grad 1.20  1,024 label tok  9,876 tok/s ...
+    step   10/120  loss 3.1415  lr 2.00e-04  grad 1.20  1,024 label tok  9,876 tok/s ...
 
-    runs/first/log.jsonl    the same numbers, one JSON object a line
+    runs/first/log.jsonl              the same numbers, one JSON object a line (`Line`)
+    runs/first/logs/rank-3.jsonl      of several processes: what each did itself (`RankLine`)
+    runs/first/tensorboard/           for TensorBoard; `log.wandb` adds Weights & Biases
 
-Only the main process speaks. Lines go to standard output, the progress bar to a terminal.
+Only the main process speaks. Lines go to standard output, the progress bar to a terminal. Numbers
+that are none (the gradient norm of a step that fp16 skips) are null.
 """
 
 import json
+import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from phi3v_data.atomic import write_atomic
 from rich.console import Console
-from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
+from phi3v_train.config import TrainConfig, dump_config
+from phi3v_train.tensorboard_log import TensorBoardLog
+from phi3v_train.throughput import as_duration
+from phi3v_train.wandb_log import WandbLog, require_wandb
 
-@dataclass(slots=True)
-class Interval:
-    """Sums over the steps since the last line."""
-
-    num_steps: int = 0
-    loss: float = 0.0
-    """Sum of the steps' mean losses."""
-    label_tokens: int = 0
-    tokens: int = 0
-    images: int = 0
-    wait_seconds: float = 0.0
-    """Time the trainer waited for its rows, the mean over the ranks."""
-    started: float = 0.0
-
-    def add(self, *, loss: float, label_tokens: int, tokens: int, images: int, wait: float) -> None:
-        """Count one step."""
-        self.num_steps += 1
-        self.loss += loss
-        self.label_tokens += label_tokens
-        self.tokens += tokens
-        self.images += images
-        self.wait_seconds += wait
+LOG = "log.jsonl"
+RANK_LOGS = "logs"
+TENSORBOARD = "tensorboard"
+"""Names below the run's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +45,99 @@ class Line:
     epoch: float
     loss: float
     """Mean over the interval's steps of the loss per label token."""
+
     learning_rate: float
     grad_norm: float
     """Before clipping, of the interval's last step."""
+
     label_tokens: int
     tokens_per_second: float
     images_per_second: float
     data_wait: float
     """Share of the interval's time that the trainer waited for its rows, the mean over the ranks;
     0 to 1. More workers lower it, where there are cores for them."""
-    memory_gib: float | None
-    """Peak on the device so far; None on a CPU."""
+
+    memory_gib: float
+    """Peak so far of the main process's device; on a CPU that of the process."""
+
+    mfu: float | None
+    """Share of the devices' peak that the model's operations took; None where that is unknown."""
+
+    eta_seconds: float
+    """To the last step, at the mean pace of this attempt, checkpoints and evaluations included."""
+
     seconds: float
     """Since the start of this process's training."""
 
     def __str__(self) -> str:
-        memory = "" if self.memory_gib is None else f"  {self.memory_gib:.1f} GiB"
+        mfu = "" if self.mfu is None else f"  MFU {self.mfu:.1%}"
         return (
             f"step {self.step:>{len(str(self.num_steps))}}/{self.num_steps}  "
             f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "
             f"{self.label_tokens:,} label tok  {self.tokens_per_second:,.0f} tok/s  "
-            f"{self.images_per_second:.1f} img/s  wait {self.data_wait:.0%}{memory}"
+            f"{self.images_per_second:.1f} img/s  wait {self.data_wait:.0%}  "
+            f"{self.memory_gib:.1f} GiB{mfu}  ETA {as_duration(self.eta_seconds)}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RankLine:
+    """One line of `logs/rank-N.jsonl`: the last step of an interval, on one rank."""
+
+    step: int
+    num_rows: int
+    num_samples: int
+    num_tokens: int
+    num_crops: int
+    """That the vision tower ran, global views included."""
+
+    wait_seconds: float
+    """That the rank waited for its rows."""
+
+    memory_gib: float
+    """Peak so far of its device; on a CPU that of the process."""
+
+    seconds: float
+    """Since the start of this process's training."""
+
+
+class Sink(Protocol):
+    """Where the numbers go beside the log file."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write values by name, `train/loss`, after `step` steps."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
+def check_log(config: TrainConfig) -> None:
+    """Find out before a run whether it could be logged.
+
+    Raises:
+        ValueError: wandb is asked for and not installed.
+    """
+    if config.log.wandb is not None:
+        require_wandb()
+
+
+def open_sinks(config: TrainConfig, *, start: int) -> list[Sink]:
+    """What the configuration asks for; on the main process only.
+
+    Raises:
+        ValueError: wandb is asked for and not installed.
+    """
+    sinks: list[Sink] = []
+    if config.log.tensorboard:
+        board = TensorBoardLog(config.output_dir / TENSORBOARD, start=start)
+        board.text("config", dump_config(config))
+        sinks.append(board)
+    if config.log.wandb is not None:
+        settings = config.model_dump(mode="json")
+        sinks.append(WandbLog(config.log.wandb, config.output_dir, settings))
+    return sinks
 
 
 class RunLog:
@@ -94,19 +148,35 @@ class RunLog:
         is_main: other ranks are silent.
         num_steps: of the whole run.
         start: steps already done; later lines of an earlier attempt are removed.
+        rank: of this process, where there are several; None: no log of its own.
+        sinks: of `open_sinks`; who opened them closes them.
     """
 
-    def __init__(self, output_dir: Path, *, is_main: bool, num_steps: int, start: int) -> None:
-        self.path = output_dir / "log.jsonl"
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        is_main: bool,
+        num_steps: int,
+        start: int,
+        rank: int | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self.path = output_dir / LOG
+        self.rank_path = None if rank is None else output_dir / RANK_LOGS / f"rank-{rank}.jsonl"
         self.is_main = is_main
         self.num_steps = num_steps
         self.start = start
         self.started = time.perf_counter()
         self.console = Console(file=sys.stderr)
+        self._sinks = tuple(sinks)
         self._progress: Progress | None = None
         self._task: Any = None
 
     def __enter__(self) -> "RunLog":
+        if self.rank_path is not None:
+            self.rank_path.parent.mkdir(parents=True, exist_ok=True)
+            _keep_lines_up_to(self.rank_path, self.start)
         if self.is_main:
             _keep_lines_up_to(self.path, self.start)
             if self.console.is_terminal:
@@ -131,11 +201,6 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
 
-    def box(self, rows: Mapping[str, str]) -> None:
-        """Show what is about to run."""
-        if self.is_main:
-            print_box(rows)
-
     def say(self, text: str) -> None:
         """Print a sentence above the progress bar."""
         if not self.is_main:
@@ -152,21 +217,38 @@ class RunLog:
             self._progress.update(self._task, completed=step, note=f"loss {loss:.3f}")
 
     def line(self, line: Line) -> None:
-        """Print a line and append it to the log file."""
+        """Print a line, append it to the log file, and hand it on."""
         if not self.is_main:
             return
         self.say(str(line))
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(line)) + "\n")
+        fields = asdict(line)
+        _append(self.path, fields)
+        others = ("step", "num_steps", "seconds")
+        self._hand_on("train", line.step, {n: v for n, v in fields.items() if n not in others})
+
+    def rank_line(self, line: RankLine) -> None:
+        """Append a line to this rank's own log, where it has one."""
+        if self.rank_path is not None:
+            _append(self.rank_path, asdict(line))
+
+    def scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand on what an evaluation after `step` steps measured."""
+        self._hand_on("eval", step, values)
+
+    def _hand_on(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
+        named = {f"{group}/{name}": v for name, v in values.items() if v is not None}
+        for sink in self._sinks:
+            sink.write(step, named)
 
 
-def print_box(rows: Mapping[str, str]) -> None:
-    """Print names and values in a box, on standard output."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        table.add_row(Text(name, style="bold"), Text(value))
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
-    console.print(Panel(table, title="phi3v-train", title_align="left", expand=False))
+def _append(path: Path, fields: Mapping[str, Any]) -> None:
+    """One line of JSON, which knows no infinity."""
+    whole = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in fields.items()
+    }
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(whole, allow_nan=False) + "\n")
 
 
 def _keep_lines_up_to(path: Path, step: int) -> None:

@@ -347,9 +347,11 @@ def _train(
                 with meter.outside():
                     evaluate_after(done)
                 is_over = evaluation.is_out_of_patience
-            if stop or due or is_over or done == num_steps:
+            score = evaluation.score_at(done) if evaluation is not None else None
+            is_best = keep.best > 0 and evaluation is not None and evaluation.is_best(done)
+            if stop or due or is_best or is_over or done == num_steps:
                 with meter.outside():
-                    save(done, evaluation.score_at(done) if evaluation is not None else None)
+                    save(done, score)
                 saved_at, last_save = done, time.monotonic()
             if stop and done < num_steps:
                 stopped_by = interrupts.signal or signal.SIGTERM  # another rank heard it
