@@ -15,6 +15,7 @@ as the configuration's or half, a quarter ... of that, activations kept or compu
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from phi3v_train.config import LoraConfig, MethodConfig, ParallelConfig, TrainConfig
 from phi3v_train.configuration_phi3_v import Phi3VConfig
@@ -27,7 +28,13 @@ from phi3v_train.estimate import (
     estimate_memory,
     estimate_speed,
 )
+from phi3v_train.gpus import OLDER_GPUS, OLDEST
 from phi3v_train.workload import Workload
+
+Fit = Literal["yes", "tight", "no"]
+
+TIGHT = 0.92
+"""Of a GPU's memory: an estimate above it may be wrong by what is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +50,13 @@ class Option:
     max_tokens_per_row: int
     memory: Memory
     speed: Speed
-    fits: bool
+    fit: Fit
     """On the GPU, with what is offloaded in host memory where its size is known."""
+
+    @property
+    def fits(self) -> bool:
+        """Tightly or not."""
+        return self.fit != "no"
 
     @property
     def memory_gib(self) -> float:
@@ -130,7 +142,7 @@ def weigh(
             ]  # fmt: skip
             fitting = [option for option in settings if option.fits]
             if fitting:
-                best = max(fitting, key=lambda o: (o.speed.images_per_second, o.max_tokens_per_row))
+                best = max(_surest(fitting), key=_speed)
             else:
                 best = min(settings, key=lambda o: o.memory.total)
             options.append(best)
@@ -204,8 +216,6 @@ def _option(
     speed = estimate_speed(
         setting, model_config, hardware, in_rows, engine=engine, efficiency=efficiency
     )
-    here = min(hardware.num_gpus, hardware.gpus_per_machine)
-    host = hardware.host_gib
     return Option(
         method=name,
         engine=engine,
@@ -214,9 +224,17 @@ def _option(
         max_tokens_per_row=row,
         memory=memory,
         speed=speed,
-        fits=memory.total <= gpu.memory_gib * GIB
-        and (host is None or memory.host * here <= 0.8 * host * GIB),
+        fit=_fit(memory, hardware),
     )
+
+
+def _fit(memory: Memory, hardware: Hardware) -> Fit:
+    here = min(hardware.num_gpus, hardware.gpus_per_machine)
+    host = hardware.host_gib
+    if host is not None and memory.host * here > 0.8 * host * GIB:
+        return "no"
+    share = memory.total / (hardware.gpu.memory_gib * GIB)
+    return "no" if share > 1 else "tight" if share > TIGHT else "yes"
 
 
 def recommend(options: Sequence[Option], hardware: Hardware) -> Advice:
@@ -242,13 +260,22 @@ def recommend(options: Sequence[Option], hardware: Hardware) -> Advice:
             )
             continue
         if near:
-            best = max(near, key=lambda o: o.speed.images_per_second)
+            best = max(_surest(near), key=_speed)
             reasons.append(f"{METHODS[method][0]} in {best.memory_gib:.0f} GiB")
             return Advice(best, tuple(reasons))
         if method == "lora":
             reasons.append("adapters over 16-bit weights do not fit")
     reasons.append("nothing fits: lower data.num_crops, or take GPUs with more memory")
     return Advice(None, tuple(reasons))
+
+
+def _surest(fitting: list[Option]) -> list[Option]:
+    """Those that fit easily, if there are any."""
+    return [option for option in fitting if option.fit == "yes"] or fitting
+
+
+def _speed(option: Option) -> tuple[float, int]:
+    return option.speed.images_per_second, option.max_tokens_per_row
 
 
 def _words_on(architecture: str, hardware: Hardware) -> Iterator[str]:
@@ -259,11 +286,8 @@ def _words_on(architecture: str, hardware: Hardware) -> Iterator[str]:
         yield "a data-centre GPU with bf16 and flash attention: all weights, if they fit"
     else:
         yield "fp16 without flash attention: slower, and a little less accurate than bf16"
-    if gpu.capability < (7, 5):
-        yield (
-            f"torch's wheels for CUDA 13 have no kernels for {architecture}; install a build that "
-            "does (CUDA 12.6: `phi3v-train doctor` tells)"
-        )
+    if gpu.capability < OLDEST:
+        yield f"torch's default wheels have no kernels for {architecture}: {OLDER_GPUS}"
 
 
 def command(

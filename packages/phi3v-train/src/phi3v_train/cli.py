@@ -475,6 +475,30 @@ _base_option = click.option(
 )
 
 
+@main.command("report")
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The HTML file.  [default: RUN/report.html]"
+)
+@_one_line_errors
+def report_command(run: Path, out: Path | None) -> None:
+    """Write the report of RUN, the output_dir of a training run.
+
+    One page with curves, speed, answers with their pictures, the confusion matrix and all
+    settings; it needs no other file and no network. A run writes it when it ends; while it is
+    going on, or after it was stopped, this command does.
+
+    \b
+      phi3v-train report runs/first
+    """
+    from phi3v_train.report import write_report
+
+    written = write_report(run, out)
+    for note in written.notes:
+        click.echo(note, err=True)
+    click.echo(f"{written.path}: {written.num_bytes / 1e6:.1f} MB")
+
+
 @main.command("merge")
 @click.argument("adapter", metavar="ADAPTER", type=click.Path(path_type=Path))
 @_new_folder_option

@@ -75,6 +75,12 @@ class Gpu:
         return peak
 
 
+OLDEST = (7, 5)
+"""Compute capability of the oldest GPUs that torch's default wheels have kernels for."""
+
+OLDER_GPUS = "the CUDA 12.6 builds of torch 2.11 to 2.14 are the last that do"
+"""https://github.com/pytorch/pytorch/issues/190385; CUDA 13 can't build them."""
+
 GPUS = (
     Gpu("h200", "NVIDIA H200", "data centre", 139.8, (9, 0), 4800, 340, 0.40),
     Gpu("h100-80g", "NVIDIA H100 80GB HBM3", "data centre", 79.1, (9, 0), 3350, 340, 0.40),
