@@ -1,5 +1,12 @@
 import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,6 +14,8 @@ import torch
 from phi3v_train.checkpoint import (
     CheckpointError,
     RunState,
+    best_checkpoint,
+    best_score,
     check_same_run,
     checkpoint_folder,
     latest_checkpoint,
@@ -14,10 +23,16 @@ from phi3v_train.checkpoint import (
     model_hash,
     read_state,
     save_checkpoint,
+    settle,
 )
+from phi3v_train.config import MethodConfig
 from phi3v_train.engine import World
+from phi3v_train.methods import TrainingModel, load_to_train
 from phi3v_train.plan import PlanSettings
-from torch import nn
+from phi3v_train.replicated_engine import ReplicatedEngine
+from phi3v_train.retention import Keep, Score
+from phi3v_train.trained_weights import read_trained
+from torch import Tensor, nn
 
 PLAN = PlanSettings(
     dataset_fingerprint="d",
@@ -29,72 +44,241 @@ PLAN = PlanSettings(
 )
 STATE = RunState(step=2, plan=PLAN, maths={"optim.learning_rate": 1e-3}, model_hash="m")
 WORLD = World(0, 1, torch.device("cpu"))
+PROJECTOR = MethodConfig(freeze=("vision", "llm"))
 
 
-def toy_training() -> tuple[nn.Linear, torch.optim.AdamW]:
-    torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(torch.ones(3)).sum().backward()
-    optimizer.step()
-    return model, optimizer
+def adam(trainable: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable.values(), lr=0.1)
 
 
-def save(output_dir: Path, step: int, keep: int = 2) -> Path:
-    model, optimizer = toy_training()
-    return save_checkpoint(
-        output_dir,
-        replace(STATE, step=step),
-        dict(model.named_parameters()),
-        model,
-        optimizer,
-        {},
-        WORLD,
-        keep=keep,
+def toy_engine(tiny: Path, num_steps: int = 0) -> ReplicatedEngine:
+    """The tiny model whose projector trains, after steps with made-up gradients."""
+    engine = ReplicatedEngine(
+        load_to_train(tiny, PROJECTOR, "fp32"), WORLD, adam, max_grad_norm=1.0
     )
+    torch.manual_seed(0)
+    for _ in range(num_steps):
+        for parameter in engine.training.trainable.values():
+            parameter.grad = torch.randn_like(parameter)
+        engine.step()
+    return engine
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    load_checkpoint(path, dict(model.named_parameters()), model, optimizer, scaler, WORLD)
+@pytest.fixture(scope="module")
+def engine(tiny: Path) -> ReplicatedEngine:
+    """One that has taken a step; tests save it, and change nothing."""
+    return toy_engine(tiny, 1)
 
 
-def test_weights_and_moments_come_back_as_they_were(tmp_path: Path) -> None:
-    path = save(tmp_path, 2)
-    model, optimizer = toy_training()
-    expected = [p.detach().clone() for p in model.parameters()]
-    other = nn.Linear(3, 2)
-    fresh = torch.optim.AdamW(other.parameters(), lr=0.1)
-    load(path, other, fresh)
-    for parameter, value in zip(other.parameters(), expected, strict=True):
-        assert torch.equal(parameter, value)
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(optimizer.state[mine][name], fresh.state[theirs][name])
+def save(
+    output_dir: Path,
+    engine: ReplicatedEngine,
+    step: int = 2,
+    keep: Keep = Keep(),  # noqa: B008
+    score: Score | None = None,
+) -> Path:
+    return save_checkpoint(output_dir, replace(STATE, step=step, score=score), engine, WORLD, keep)
 
 
-def test_latest_names_the_newest_and_older_ones_go(tmp_path: Path) -> None:
+def weights_of(training: TrainingModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in training.trainable.items()}
+
+
+def folders(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in checkpoint_folder(output_dir).iterdir())
+
+
+def test_weights_and_moments_come_back_as_they_were(
+    tiny: Path, engine: ReplicatedEngine, tmp_path: Path
+) -> None:
+    path = save(tmp_path, engine)
+    fresh = toy_engine(tiny)
+    load_checkpoint(path, fresh)
+    places = fresh.training.trainable
+    assert len(places) == 6
+    for name, mine in engine.training.trainable.items():
+        assert torch.equal(mine, places[name])
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            found = fresh.optimizer.state[places[name]][moment]
+            assert torch.equal(engine.optimizer.state[mine][moment], found)
+
+
+def test_weights_are_read_without_a_model_too(engine: ReplicatedEngine, tmp_path: Path) -> None:
+    found = read_trained(save(tmp_path, engine))
+    expected = weights_of(engine.training)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_latest_names_the_newest_and_older_ones_go(
+    engine: ReplicatedEngine, tmp_path: Path
+) -> None:
     assert latest_checkpoint(tmp_path) is None
     for step in (2, 4, 6):
-        path = save(tmp_path, step)
+        path = save(tmp_path, engine, step)
         assert latest_checkpoint(tmp_path) == path
-    folders = sorted(p.name for p in checkpoint_folder(tmp_path).iterdir())
-    assert folders == ["latest", "step-00000004", "step-00000006"]
+    assert folders(tmp_path) == ["latest", "step-00000004", "step-00000006"]
+
+
+def test_best_names_the_one_with_the_best_score_which_stays(
+    engine: ReplicatedEngine, tmp_path: Path
+) -> None:
+    assert best_checkpoint(tmp_path) is None
+    assert best_score(tmp_path) is None
+    keep = Keep(newest=1, best=1, every_steps=8)
+    for step, value in ((2, 0.5), (4, 0.9), (6, 0.7), (8, None), (10, 0.6), (12, None)):
+        score = None if value is None else Score("accuracy", value, higher_is_better=True)
+        save(tmp_path, engine, step, keep, score)
+    best = best_checkpoint(tmp_path)
+    assert best is not None
+    assert best.name == "step-00000004"
+    assert best_score(tmp_path) == Score("accuracy", 0.9, higher_is_better=True)
+    stay = ["best", "latest", "step-00000004", "step-00000008", "step-00000012"]
+    assert folders(tmp_path) == stay
+    settle(tmp_path, keep)
+    assert folders(tmp_path) == stay
 
 
 def test_what_a_killed_attempt_left_half_written_is_neither_used_nor_in_the_way(
-    tmp_path: Path,
+    engine: ReplicatedEngine, tmp_path: Path
 ) -> None:
-    path = save(tmp_path, 2)
+    path = save(tmp_path, engine)
     half = checkpoint_folder(tmp_path) / "step-00000004.tmp"
     half.mkdir()
     (half / "rubbish").touch()
     assert latest_checkpoint(tmp_path) == path
-    assert not (save(tmp_path, 4) / "rubbish").exists()
+    settle(tmp_path, Keep())
+    assert not half.exists()
+    half.mkdir()
+    (half / "rubbish").touch()
+    assert not (save(tmp_path, engine, 4) / "rubbish").exists()
 
 
-def test_a_state_is_read_back_equal(tmp_path: Path) -> None:
-    assert read_state(save(tmp_path, 2)) == STATE
+def test_a_checkpoint_that_cannot_be_read_is_left_where_it_is(
+    engine: ReplicatedEngine, tmp_path: Path
+) -> None:
+    other = checkpoint_folder(tmp_path) / "step-00000001"
+    other.mkdir(parents=True)
+    (other / "state.json").write_text('{"format_version": 99}')
+    for step in (2, 4):
+        save(tmp_path, engine, step, Keep(newest=1))
+    assert folders(tmp_path) == ["latest", "step-00000001", "step-00000004"]
+
+
+# --- killed at any moment -------------------------------------------------------------------------
+
+
+def killed_at(event: int, work: Callable[[], object]) -> bool:
+    """Do the work in a forked process that is killed before its n-th change of a file or folder.
+
+    Returns:
+        Whether it got that far.
+    """
+    changes = {
+        "open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate",
+    }  # fmt: skip
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        count = 0
+
+        def watch(name: str, arguments: tuple[object, ...]) -> None:
+            nonlocal count
+            # Opening to read changes nothing; flags 0 are O_RDONLY.
+            if name not in changes or (name == "open" and not arguments[2]):
+                return
+            if count == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+        sys.addaudithook(watch)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return process.exitcode != 0
+
+
+class Number:
+    """The smallest engine that can be saved: it knows one number, in two files."""
+
+    state_format = "number"
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def save(self, folder: Path) -> None:
+        for name in ("a", "b"):
+            (folder / name).write_text(str(self.value))
+
+    def load(self, folder: Path) -> None:
+        (self.value,) = {int((folder / name).read_text()) for name in ("a", "b")}
+
+
+def test_a_save_killed_before_any_of_its_changes_leaves_the_old_checkpoint_or_the_new_one(
+    tmp_path: Path,
+) -> None:
+    """Every moment at which the disk is different is tried; then the next attempt goes on."""
+    keep = Keep(newest=1, best=1)
+
+    def save_number(output: Path, step: int) -> Path:
+        score = Score("loss", 9.0 - step, higher_is_better=False)
+        state = replace(STATE, step=step, state_format="number", score=score)
+        return save_checkpoint(output, state, Number(step), WORLD, keep)
+
+    event, left_behind, was_killed = 0, set[str](), True
+    while was_killed:
+        output = tmp_path / str(event)
+        save_number(output, 2)
+        was_killed = killed_at(event, partial(save_number, output, 4))
+        for found in (latest_checkpoint(output), best_checkpoint(output)):
+            assert found is not None
+            number = Number(0)
+            load_checkpoint(found, number)
+            assert number.value == read_state(found).step
+            left_behind.add(found.name)
+        settle(output, keep)
+        assert save_number(output, 4) == latest_checkpoint(output) == best_checkpoint(output)
+        assert folders(output) == ["best", "latest", "step-00000004"]
+        event += 1
+    assert left_behind == {"step-00000002", "step-00000004"}
+    assert event > 15
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_the_older_checkpoint(
+    tiny: Path, engine: ReplicatedEngine, tmp_path: Path
+) -> None:
+    path = save(tmp_path, engine)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file may grow beyond this
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"step-00000004\.tmp cannot be written: "
+        ) as caught:
+            save(tmp_path, engine, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert latest_checkpoint(tmp_path) == path
+    load_checkpoint(path, toy_engine(tiny))
+
+
+# --- what can't be used ---------------------------------------------------------------------------
+
+
+def test_a_state_is_read_back_equal(engine: ReplicatedEngine, tmp_path: Path) -> None:
+    assert read_state(save(tmp_path / "a", engine)) == STATE
+    score = Score("anls", 0.25, higher_is_better=True)
+    assert read_state(save(tmp_path / "b", engine, score=score)) == replace(STATE, score=score)
+
+
+def test_a_state_of_the_first_release_is_read(tmp_path: Path) -> None:
+    content = json.loads(STATE.to_json())
+    del content["score"], content["state_format"]
+    (tmp_path / "state.json").write_text(json.dumps(content))
+    assert read_state(tmp_path) == STATE
 
 
 def error_of(path: Path) -> str:
@@ -104,9 +288,11 @@ def error_of(path: Path) -> str:
     return str(caught.value)
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_refused(
+    engine: ReplicatedEngine, tmp_path: Path
+) -> None:
     assert "is not a checkpoint: it has no state.json" in error_of(tmp_path)
-    save(tmp_path, 2)
+    save(tmp_path, engine)
     (checkpoint_folder(tmp_path) / "latest").write_text("step-00000009\n")
     with pytest.raises(CheckpointError, match="names step-00000009, which is not a checkpoint"):
         latest_checkpoint(tmp_path)
@@ -126,25 +312,44 @@ def test_another_format_version_is_refused_with_the_way_out(tmp_path: Path) -> N
     assert "the release that wrote it" in message
 
 
-def test_a_cut_off_weight_file_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path, 2)
+def test_files_of_another_engine_are_refused_with_the_engines_that_read_them(
+    engine: ReplicatedEngine, tmp_path: Path
+) -> None:
+    path = save(tmp_path, engine)
+    content = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**content, "state_format": "deepspeed"}))
+    with pytest.raises(CheckpointError, match=r"format deepspeed.* reads dcp; .*zero1, zero2"):
+        load_checkpoint(path, engine)
+
+
+def test_a_cut_off_weight_file_is_refused(
+    tiny: Path, engine: ReplicatedEngine, tmp_path: Path
+) -> None:
+    path = save(tmp_path, engine)
     (file,) = path.glob("*.distcp")
     file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_checkpoint(path, toy_engine(tiny))
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load(path, *toy_training())
+        read_trained(path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"junk"])
 def test_a_list_of_contents_that_is_lost_or_damaged_is_refused(
-    tmp_path: Path, content: bytes | None
+    tiny: Path, engine: ReplicatedEngine, tmp_path: Path, content: bytes | None
 ) -> None:
-    path = save(tmp_path, 2)
+    path = save(tmp_path, engine)
     (path / ".metadata").unlink()
     if content is not None:
         (path / ".metadata").write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot be read") as caught:
-        load(path, *toy_training())
-    assert "\n" not in str(caught.value)
+    readers: list[Callable[[Path], object]] = [
+        lambda path: load_checkpoint(path, toy_engine(tiny)),
+        read_trained,
+    ]
+    for read in readers:
+        with pytest.raises(ValueError, match="cannot be read") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_every_field_that_changed_is_named_old_and_new(tmp_path: Path) -> None:

@@ -89,6 +89,10 @@ class RunEvaluation:
         value = self.points[-1].values[self.aim.name]
         return Score(self.aim.name, value, higher_is_better=self.aim.is_higher_better)
 
+    def is_best(self, step: int) -> bool:
+        """Whether this step was measured and is the best so far."""
+        return self.best is not None and self.best.step == step
+
     def recall(self, start: int) -> None:
         """Take over what an earlier attempt measured up to step `start`.
 
