@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,15 +9,16 @@ import time
 import pytest
 from phi3v_train.config import ConfigError, load_config
 from phi3v_train.launch import (
-    check_nproc,
+    Crew,
+    check_crew,
     launch,
     run_forwarding_signals,
     torchrun_command,
-    under_torchrun,
     worker_environment,
 )
 
 REQUIRED = ("model=m", "output_dir=o", "data.train=d")
+SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1"}
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
 
 
@@ -26,14 +28,17 @@ def config():
 
 
 def test_one_process_trains_here(config):
-    assert check_nproc(config, None, {}) is None
-    assert check_nproc(config, 1, {}) is None
-    assert check_nproc(config, None, TORCHRUN) is None
+    assert check_crew(config, {}) is None
+    assert check_crew(config, {}, nproc=1) is None
+    assert check_crew(config, TORCHRUN) is None
+    assert check_crew(config, SLURM) is None
 
 
 def test_more_processes_are_started_with_torchrun(config):
-    assert check_nproc(config, 2, {}) == 2
-    command = torchrun_command(2, "a.yaml", ["seed=1", "optim.betas=[0.9, 0.99]"], ["--resume"])
+    assert check_crew(config, {}, nproc=2) == Crew(2)
+    command = torchrun_command(
+        Crew(2), "a.yaml", ["seed=1", "optim.betas=[0.9, 0.99]"], ["--resume"]
+    )
     assert command[:4] == [sys.executable, "-m", "phi3v_train.elastic", "--standalone"]
     assert "--nproc_per_node=2" in command
     assert command[-8:] == [
@@ -43,19 +48,63 @@ def test_more_processes_are_started_with_torchrun(config):
 
 
 def test_without_a_file_only_the_overrides_are_passed_on():
-    assert torchrun_command(2, None, ["a=1"])[-3:] == ["launch", "--", "a=1"]
+    assert torchrun_command(Crew(2), None, ["a=1"])[-3:] == ["launch", "--", "a=1"]
 
 
 def test_nproc_under_torchrun_is_refused(config):
-    assert under_torchrun(TORCHRUN)
-    assert not under_torchrun({"RANK": "0"})
     with pytest.raises(ConfigError, match=r"WORLD_SIZE=2\); leave --nproc out"):
-        check_nproc(config, 4, TORCHRUN)
+        check_crew(config, TORCHRUN, nproc=4)
 
 
 def test_more_processes_than_samples_in_a_step_are_refused(config):
     with pytest.raises(ConfigError, match=r"raise train\.global_batch_size to at least 17"):
-        check_nproc(config, 17, {})
+        check_crew(config, {}, nproc=17)
+
+
+def test_tasks_of_slurm_that_outnumber_the_samples_of_a_step_are_refused_too(config):
+    with pytest.raises(ConfigError, match=r"raise train\.global_batch_size to at least 40"):
+        check_crew(config, {**SLURM, "SLURM_NTASKS": "40"})
+
+
+def test_many_machines_meet_where_they_are_told(config):
+    crew = check_crew(config, {}, nproc=8, nnodes=2, node_rank=1, rdzv_endpoint="host0:29400")
+    assert crew == Crew(8, 2, 1, "host0:29400")
+    assert crew.world_size == 16
+    command = torchrun_command(crew, "a.yaml", [])
+    assert "--standalone" not in command
+    for option in ("--nnodes=2", "--rdzv_endpoint=host0:29400", "--rdzv_conf=is_host=0"):
+        assert option in command
+    first = torchrun_command(Crew(8, 2, 0, "host0:29400"), "a.yaml", [])
+    assert "--rdzv_conf=is_host=1" in first
+
+
+@pytest.mark.parametrize(
+    ("wishes", "told"),
+    [
+        ({"node_rank": 0}, "are for many machines; add --nnodes"),
+        ({"rdzv_endpoint": "h:1"}, "are for many machines; add --nnodes"),
+        ({"nnodes": 2}, "--nnodes 2 needs --rdzv_endpoint HOST:PORT"),
+        ({"nnodes": 2, "rdzv_endpoint": "host0"}, "expected HOST:PORT, got 'host0'"),
+        ({"nnodes": 2, "rdzv_endpoint": "host0:p"}, "expected HOST:PORT, got 'host0:p'"),
+        ({"nnodes": 2, "rdzv_endpoint": "h:1", "node_rank": 2}, "numbered 0 to 1"),
+    ],
+)
+def test_wishes_that_contradict_each_other_are_refused(config, wishes, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        check_crew(config, {}, **wishes)
+
+
+def test_many_machines_inside_another_launcher_are_refused(config):
+    wishes = {"nproc": 2, "rdzv_endpoint": "h:1"}
+    with pytest.raises(ConfigError, match=r"torchrun started \(WORLD_SIZE=2\); leave --nnodes out"):
+        check_crew(config, TORCHRUN, nnodes=2, **wishes)
+    with pytest.raises(ConfigError, match=r"Slurm started \(SLURM_NTASKS=2\); leave --nnodes out"):
+        check_crew(config, SLURM, nnodes=4, **wishes)
+
+
+def test_a_task_of_slurm_on_each_machine_may_start_the_processes_there(config):
+    crew = check_crew(config, SLURM, nproc=8, nnodes=2, rdzv_endpoint="h:1")
+    assert crew == Crew(8, 2, None, "h:1")
 
 
 def test_a_wrong_configuration_is_refused_before_anything_starts():

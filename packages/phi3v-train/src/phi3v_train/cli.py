@@ -650,5 +650,52 @@ def doctor_command(as_json: bool) -> None:
     sys.exit(1 if any(finding.severity == "error" for finding in findings) else 0)
 
 
+@main.command("bench")
+@click.argument("arguments", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
+@click.option(
+    "--steps", "num_steps", type=click.IntRange(1), default=10, show_default=True, help="Measured."
+)
+@click.option(
+    "--warmup",
+    "num_warmup",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="Steps before them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_one_line_errors
+def bench_command(
+    arguments: tuple[str, ...], num_steps: int, num_warmup: int, as_json: bool
+) -> None:
+    """Measure step time, memory and MFU of a configuration, on random weights and made-up rows.
+
+    `model` is a folder with a config.json, or `phi-3.5-vision`, or `tiny`; without CONFIG,
+    `output_dir` and `data.train` need not be set. Reading and decoding are not part of it.
+
+    \b
+      phi3v-train bench model=tiny data.num_crops=1 data.max_tokens_per_row=1024
+      phi3v-train bench model=phi-3.5-vision method.name=lora data.max_tokens_per_row=4096
+      torchrun --nproc_per_node 8 -m phi3v_train.cli bench docvqa.yaml --json
+    """
+    import json
+
+    from rich.console import Console
+
+    from phi3v_train.bench import print_bench, run_bench
+    from phi3v_train.estimate_report import load_without_places
+
+    config_path, overrides = _split_arguments(arguments)
+    result = run_bench(
+        load_without_places(config_path, overrides), num_steps=num_steps, num_warmup=num_warmup
+    )
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    if as_json:
+        click.echo(json.dumps(result.as_json(), indent=2))
+    else:
+        print_bench(result, Console(highlight=False))
+
+
 if __name__ == "__main__":
     main()

@@ -137,7 +137,21 @@ class DeepSpeedEngine:
         Raises:
             ValueError: the files are damaged, or of another number of processes.
         """
-        raise NotImplementedError
+        from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+        try:
+            with _quiet_deepspeed():
+                path, _ = self._engine.load_checkpoint(
+                    str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
+                )
+        except (ZeRORuntimeException, OSError, EOFError, KeyError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise ValueError(
+                f"{folder} cannot be read: {reason}; DeepSpeed's files are for as many processes "
+                "and the same stage as wrote them"
+            ) from error
+        if path is None:
+            raise ValueError(f"{folder} cannot be read: it has no files of DeepSpeed in {_TAG}/")
 
 
 def _watch_gradients(training: TrainingModel) -> set[str]:

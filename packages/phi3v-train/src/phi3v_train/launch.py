@@ -2,9 +2,11 @@
 
     launch("ucf101.yaml", ["seed=1"])             # trains here, on one device
     launch("ucf101.yaml", ["seed=1"], nproc=8)    # torchrun --nproc_per_node=8 ... launch ...
+    launch("ucf101.yaml", nproc=8, nnodes=2, node_rank=0, rdzv_endpoint="host0:29400")
 
-Under an existing torchrun (RANK, WORLD_SIZE and LOCAL_RANK are set) this process is one of many
-and trains in place, so `torchrun --nnodes 2 ... -m phi3v_train.cli launch ucf101.yaml` works too.
+Under an existing torchrun, or as one of several tasks of Slurm, this process is one of many and
+trains in place, so `torchrun --nnodes 2 ... -m phi3v_train.cli launch ucf101.yaml` and
+`srun phi3v-train launch ucf101.yaml` work too; see `rank_place`.
 """
 
 import os
@@ -13,12 +15,31 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 from phi3v_train.config import ConfigError, TrainConfig, load_config
+from phi3v_train.rank_place import rank_place
 
-_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """The processes that share a run, where we start them."""
+
+    nproc: int
+    """On this machine, one per device."""
+    nnodes: int = 1
+    """Machines; the same command is started on each."""
+    node_rank: int | None = None
+    """Which machine this is, from 0; 0 keeps the list of who has come."""
+    rdzv_endpoint: str | None = None
+    """Where machine 0 listens, `host:port`."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.nproc * self.nnodes
 
 
 def launch(
@@ -26,6 +47,9 @@ def launch(
     overrides: Sequence[str] = (),
     *,
     nproc: int | None = None,
+    nnodes: int = 1,
+    node_rank: int | None = None,
+    rdzv_endpoint: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     max_restarts: int = 0,
@@ -36,6 +60,9 @@ def launch(
         config_path: YAML file; none: the overrides alone.
         overrides: `dotted.key=value` each.
         nproc: processes on this machine, one per device; none or 1: this one.
+        nnodes: machines; the same call is made on each.
+        node_rank: which machine this is, from 0.
+        rdzv_endpoint: `host:port` of machine 0, where they meet.
         resume: there must be a checkpoint to go on from.
         overwrite: start anew, over what an earlier run left in the output folder.
         max_restarts: times all processes are started again after one of them failed; they go on
@@ -46,61 +73,89 @@ def launch(
         checkpoint saved; torchrun's where it failed.
 
     Raises:
-        ConfigError: the configuration can't be used, or `nproc` doesn't fit it.
+        ConfigError: the configuration can't be used, or the processes don't fit it.
     """
     config = load_config(config_path, overrides)
-    world_size = check_nproc(config, nproc, os.environ)
-    if world_size is None:
+    crew = check_crew(
+        config,
+        os.environ,
+        nproc=nproc,
+        nnodes=nnodes,
+        node_rank=node_rank,
+        rdzv_endpoint=rdzv_endpoint,
+    )
+    if crew is None:
         from phi3v_train.trainer import train
 
         return train(config, resume=resume, overwrite=overwrite).exit_status
     flags = [f"--{name}" for name, on in (("resume", resume), ("overwrite", overwrite)) if on]
-    arguments = torchrun_command(
-        world_size, config_path, overrides, flags, max_restarts=max_restarts
-    )
-    return run_forwarding_signals(arguments, worker_environment(os.environ, world_size))
+    arguments = torchrun_command(crew, config_path, overrides, flags, max_restarts=max_restarts)
+    return run_forwarding_signals(arguments, worker_environment(os.environ, crew.nproc))
 
 
-def check_nproc(
-    config: TrainConfig, nproc: int | None, environment: Mapping[str, str]
-) -> int | None:
-    """How many processes to start, or None where this one trains.
+def check_crew(
+    config: TrainConfig,
+    environment: Mapping[str, str],
+    *,
+    nproc: int | None = None,
+    nnodes: int = 1,
+    node_rank: int | None = None,
+    rdzv_endpoint: str | None = None,
+) -> Crew | None:
+    """Which processes to start, or None where this one trains.
 
     Raises:
-        ConfigError: `nproc` under torchrun, or more processes than samples in a step.
+        ConfigError: wishes that contradict each other or the launcher we are under, or more
+            processes than samples in a step.
     """
-    if nproc is None or nproc == 1:
-        return None
-    if under_torchrun(environment):
+    if nnodes == 1 and (node_rank is not None or rdzv_endpoint is not None):
+        raise ConfigError("--node_rank and --rdzv_endpoint are for many machines; add --nnodes")
+    crew = Crew(nproc or 1, nnodes, node_rank, rdzv_endpoint)
+    if nnodes > 1:
+        if rdzv_endpoint is None:
+            raise ConfigError(
+                f"--nnodes {nnodes} needs --rdzv_endpoint HOST:PORT, the same on every machine: a "
+                "free port of one of them"
+            )
+        if not rdzv_endpoint.rpartition(":")[0] or not rdzv_endpoint.rpartition(":")[2].isdigit():
+            raise ConfigError(f"--rdzv_endpoint: expected HOST:PORT, got {rdzv_endpoint!r}")
+        if node_rank is not None and node_rank >= nnodes:
+            raise ConfigError(
+                f"--node_rank {node_rank} with --nnodes {nnodes}; machines are numbered 0 to "
+                f"{nnodes - 1}"
+            )
+    place = rank_place(environment)
+    # A task of Slurm per machine may start the processes of that machine.
+    is_task_per_node = place.launcher == "Slurm" and place.world_size == nnodes
+    if crew.world_size > 1 and place.launcher is not None and not is_task_per_node:
+        given = f"--nproc {crew.nproc}" if nnodes == 1 else f"--nnodes {nnodes}"
+        name = "WORLD_SIZE" if place.launcher == "torchrun" else "SLURM_NTASKS"
         raise ConfigError(
-            f"--nproc {nproc} inside a process that torchrun started "
-            f"(WORLD_SIZE={environment['WORLD_SIZE']}); leave --nproc out"
+            f"{given} inside a process that {place.launcher} started "
+            f"({name}={place.world_size}); leave {given.split()[0]} out"
         )
-    if nproc > config.train.global_batch_size:
+    world_size = max(crew.world_size, place.world_size)
+    if world_size > config.train.global_batch_size:
         raise ConfigError(
-            f"{nproc} processes share steps of {config.train.global_batch_size} samples: some "
-            f"would idle; raise train.global_batch_size to at least {nproc}"
+            f"{world_size} processes share steps of {config.train.global_batch_size} samples: some "
+            f"would idle; raise train.global_batch_size to at least {world_size}"
         )
-    return nproc
-
-
-def under_torchrun(environment: Mapping[str, str]) -> bool:
-    """Is this process one of those that torchrun (or a launcher like it) started?"""
-    return all(name in environment for name in _TORCHRUN_VARIABLES)
+    return crew if crew.world_size > 1 else None
 
 
 def torchrun_command(
-    nproc: int,
+    crew: Crew,
     config_path: str | os.PathLike[str] | None,
     overrides: Sequence[str],
     flags: Sequence[str] = (),
     *,
     max_restarts: int = 0,
 ) -> list[str]:
-    """The command line that runs `phi3v-train launch` in `nproc` processes."""
+    """The command line that runs `phi3v-train launch` in the processes of this machine."""
     return [
-        sys.executable, "-m", "phi3v_train.elastic", "--standalone",
-        f"--nproc_per_node={nproc}",
+        sys.executable, "-m", "phi3v_train.elastic",
+        *_rendezvous(crew),
+        f"--nproc_per_node={crew.nproc}",
         f"--max_restarts={max_restarts}",
         # the default set, and the one by which batch systems announce the end of a job
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
@@ -110,6 +165,23 @@ def torchrun_command(
         *([os.fspath(config_path)] if config_path is not None else []),
         *overrides,
     ]  # fmt: skip
+
+
+def _rendezvous(crew: Crew) -> list[str]:
+    if crew.nnodes == 1:
+        return ["--standalone"]
+    assert crew.rdzv_endpoint is not None
+    options = [
+        f"--nnodes={crew.nnodes}",
+        "--rdzv_backend=c10d",  # the one that takes machines back after a restart
+        f"--rdzv_endpoint={crew.rdzv_endpoint}",
+        "--rdzv_id=phi3v-train",
+    ]
+    if crew.node_rank is not None:
+        options.append(f"--rdzv_conf=is_host={int(crew.node_rank == 0)}")
+    if crew.rdzv_endpoint.rpartition(":")[0] in ("localhost", "127.0.0.1"):
+        options.append("--local_addr=127.0.0.1")  # else by its name, which others may not know
+    return options
 
 
 def worker_environment(environment: Mapping[str, str], nproc: int) -> dict[str, str]:

@@ -64,7 +64,8 @@ class ShardedEngine:
         policy = MixedPrecisionPolicy(
             param_dtype=training.autocast_dtype, reduce_dtype=torch.float32
         )
-        offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
+        pins = world.device.type == "cuda"
+        offloading = CPUOffloadPolicy(pin_memory=pins) if offload else OffloadPolicy()
         for part in [*_layers(module), module]:
             fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offloading)
         assert isinstance(module, FSDPModule)
