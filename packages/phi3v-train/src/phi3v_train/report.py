@@ -169,15 +169,15 @@ def _number(value: Any, form: str) -> str:
 
 
 def _curves(run: Run) -> list[str]:
-    light = draw_curves(run.lines, run.history, "light")
-    dark = draw_curves(run.lines, run.history, "dark")
-    if not light:
+    curves = draw_curves(run.lines, run.history)
+    if not curves:
         return []
     figures = "".join(
-        f'<figure class="curve"><figcaption>{escape(one.title)}</figcaption><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{_svg_url(other.svg)}">'
-        f'<img src="{_svg_url(one.svg)}" alt="{escape(one.title)} by step"></picture></figure>'
-        for one, other in zip(light, dark, strict=True)
+        f'<figure class="curve"><figcaption>{escape(curve.title)}</figcaption><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_svg_url(curve.dark)}">'
+        f'<img src="{_svg_url(curve.light)}" alt="{escape(curve.title)} by step">'
+        "</picture></figure>"
+        for curve in curves
     )
     return [f'<h2>Curves</h2><div class="curves">{figures}</div>']
 
