@@ -156,17 +156,15 @@ def _engines(
     if method.has_adapters:
         yield ("ddp" if several else "single"), "none"
         return
-    if not several:
-        yield "single", "none"
-    else:
-        yield "ddp", "none"
-        if config.optim.name == "adamw":
-            yield "fsdp2", "none"
+    yield ("ddp" if several else "single"), "none"
+    if config.optim.name != "adamw":
+        return  # 8-bit moments can't be shared out
+    if several:
+        yield "fsdp2", "none"
         yield "zero2", "none"
         yield "zero3", "none"
-    if config.optim.name == "adamw":
-        yield "zero2", "optimizer"
-        yield "zero3", "all"
+    yield "zero2", "optimizer"
+    yield "zero3", "all"
 
 
 def _row_lengths(config: TrainConfig, workload: Workload) -> list[int]:

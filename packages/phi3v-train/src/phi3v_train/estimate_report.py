@@ -88,7 +88,7 @@ def make_report(
         ValueError: a configuration that can't be used, or hardware that isn't known.
     """
     hardware = choose_hardware(gpu, sku, num_gpus, num_machines)
-    config = _load(config_path, overrides)
+    config = load_without_places(config_path, overrides)
     if (config.model / "config.json").is_file():
         from phi3v_train.methods import read_model_config
 
@@ -141,7 +141,12 @@ def choose_hardware(
     )
 
 
-def _load(config_path: str | None, overrides: Sequence[str]) -> TrainConfig:
+def load_without_places(config_path: str | None, overrides: Sequence[str]) -> TrainConfig:
+    """A configuration whose model, data and output folder need not be set, without a file.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
     given = {override.partition("=")[0] for override in overrides}
     missing = [key for key in _PLACES if key not in given and config_path is None]
     return load_config(config_path, [*(f"{key}={key}" for key in missing), *overrides])
