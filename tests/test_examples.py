@@ -129,7 +129,6 @@ def configured(path: Path, model: Path, shards: Path, output_dir: Path) -> Train
 def run_parameters() -> list[Any]:
     """One of each method by default: that a number differs changes nothing about running."""
     quick = {"docvqa/lora-bf16", "hateful_memes/qlora-bf16", "nlvr2/frozen-vision-bf16"}
-    quick |= {"docvqa/full-fp16"}
     marks = [() if name_of(path) in quick else (pytest.mark.slow,) for path in CONFIGS]
     return [
         pytest.param(path, marks=mark, id=name_of(path))

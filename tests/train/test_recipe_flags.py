@@ -186,6 +186,7 @@ def test_the_evaluation_split_of_a_task_is_found(tmp_path: Path, cache: Path) ->
     assert (len(ids_of(train)), ids_of(evaluated)) == (4, ["val-0", "val-1"])
 
 
+@pytest.mark.slow
 def test_docvqa_trains_on_a_thousand_samples_unless_told_to_take_all(
     tmp_path: Path, cache: Path
 ) -> None:
@@ -197,6 +198,7 @@ def test_docvqa_trains_on_a_thousand_samples_unless_told_to_take_all(
     assert counts == [1000, 1002]
 
 
+@pytest.mark.slow
 def test_without_a_split_to_evaluate_on_the_first_500_are_held_out(
     tmp_path: Path, cache: Path
 ) -> None:
