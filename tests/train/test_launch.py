@@ -69,6 +69,7 @@ def test_tasks_of_slurm_that_outnumber_the_samples_of_a_step_are_refused_too(con
 def test_many_machines_meet_where_they_are_told(config):
     crew = check_crew(config, {}, nproc=8, nnodes=2, node_rank=1, rdzv_endpoint="host0:29400")
     assert crew == Crew(8, 2, 1, "host0:29400")
+    assert crew is not None
     assert crew.world_size == 16
     command = torchrun_command(crew, "a.yaml", [])
     assert "--standalone" not in command
