@@ -7,6 +7,7 @@ is off, as it is for every comparison with the reference.
 """
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from phi3v_train import attention
+from phi3v_train.config import MethodConfig, OptimConfig
+from phi3v_train.methods import move, prepare
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM, normalize_views
+from phi3v_train.optimizer import make_optimizer
+from phi3v_train.trainer import train
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tests.train.builders import log_lines, losses_of, toy_config
+from tests.train.method_models import LORA, MIXED, QLORA, prepared, step
 from tests.train.parity import model_inputs, needs_parity, read_case, reference_model
 from tests.train.small_models import Prompt, call_inputs, packed_row, small_model
 
@@ -339,3 +346,89 @@ def test_quantised_weights_load_on_the_gpu_and_answer_nearly_the_same(
     _, logits = generated(quantised, DEVICE)
     first = F.cosine_similarity(logits[:, 0], expected[:, 0])
     assert float(first.min()) > least_similarity
+
+
+# --- methods and optimizers -----------------------------------------------------------------------
+
+EVERY_KIND = pytest.mark.parametrize(
+    "method",
+    [{"name": "full"}, LORA, MIXED, QLORA],
+    ids=["full", "lora", "vision in full", "qlora"],
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@EVERY_KIND
+def test_a_method_takes_a_step_on_the_gpu_from_nearly_the_loss_of_the_cpu(
+    method: dict[str, Any], precision: Any
+) -> None:
+    config = MethodConfig.model_validate(method)
+    training = prepare(small_model(), config, precision, device=DEVICE)
+    move(training.model, DEVICE)
+    assert {p.dtype for p in training.trainable.values()} == {torch.float32}
+    # Weights rounded to half precision may fall to another of the 4-bit levels.
+    tolerance = 0.1 if method["name"] == "qlora" else 0.05
+    assert step(training) == pytest.approx(step(prepared(method)), rel=tolerance)  # all gradients
+
+
+def test_4_bit_weights_are_never_on_the_gpu_in_full() -> None:
+    model = small_model(intermediate_size=16384)
+    full = 4 * sum(p.numel() for n, p in model.named_parameters() if n.startswith("model.layers."))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    training = prepare(model, MethodConfig.model_validate(QLORA), "bf16", device=DEVICE)
+    move(training.model, DEVICE)
+    assert torch.cuda.max_memory_allocated() - before < full / 2
+
+
+def weights_after(settings: OptimConfig, device: torch.device) -> tuple[Tensor, Any]:
+    """A matrix after five steps on noise, and the optimizer."""
+    weight = nn.Parameter(torch.linspace(-1, 1, 96 * 64).reshape(96, 64).to(device))
+    optimizer = make_optimizer({"weight": weight}, settings)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        weight.grad = torch.randn(96, 64, generator=generator).to(device)
+        optimizer.step()
+    return weight.detach().cpu(), optimizer
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("adamw", 1e-5), ("adamw8bit", 0.05)])
+def test_an_optimizer_moves_weights_on_the_gpu_as_adamw_does_on_the_cpu(
+    name: Any, tolerance: float
+) -> None:
+    expected, _ = weights_after(OptimConfig(learning_rate=1e-2), torch.device("cpu"))
+    found, optimizer = weights_after(OptimConfig(learning_rate=1e-2, name=name), DEVICE)
+    start = torch.linspace(-1, 1, 96 * 64).reshape(96, 64)
+    assert float((found - expected).norm()) < tolerance * float((expected - start).norm())
+    if name == "adamw":
+        assert optimizer.defaults["fused"]
+    else:
+        assert next(iter(optimizer.state.values()))["state1"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_a_run_in_half_precision_learns_and_goes_on_where_it_stopped(
+    method: str,
+    precision: str,
+    optimizer: str,
+    tiny: Path,
+    toy_shards: Path,
+    tmp_path: Path,
+) -> None:
+    more = ("device=cuda", f"precision={precision}", f"method.name={method}")
+    more += (f"optim.name={optimizer}", "method.lora.rank=32", "train.max_steps=6")
+    more += ("checkpoint.every_steps=3", "checkpoint.keep=9")
+    train(toy_config(tiny, toy_shards, tmp_path / "whole", *more))
+    losses = losses_of(tmp_path / "whole")
+    assert sum(losses[3:]) < sum(losses[:3])  # the second epoch against the first
+    checkpoints = tmp_path / "resumed" / "checkpoints"
+    name = "step-00000003"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / name, checkpoints / name)
+    (checkpoints / "latest").write_text(f"{name}\n")
+    train(toy_config(tiny, toy_shards, tmp_path / "resumed", *more), resume=True)
+    assert [line["step"] for line in log_lines(tmp_path / "resumed")] == [4, 5, 6]
+    # Sums on a GPU need not be in the same order twice.
+    assert losses_of(tmp_path / "resumed") == pytest.approx(losses[3:], rel=2e-2)
