@@ -1,6 +1,6 @@
 """Weights in 4 bits and optimizer moments in 8, by bitsandbytes.
 
-    quantize_decoder(model, torch.bfloat16)     # 7.2 GB of decoder layers become 2.0 GB
+    quantize_decoder(model, torch.bfloat16)     # 7.2 GB of decoder layers become 1.9 GB
 
 nf4 with double quantisation, as in the QLoRA paper (https://arxiv.org/abs/2305.14314): 4 bits a
 weight, a scale for 64 of them, the scales in 8 bits. Only the decoder's linear layers: the head
