@@ -2,7 +2,7 @@
 
 run_eval_processes(8, {"model": Path("runs/a/model"), "data": Path("shards/val"), "limit": None})
 
-# python -m torch.distributed.run --standalone --nproc_per_node=8 -m phi3v_train.cli eval ...
+# python -m phi3v_train.elastic --standalone --nproc_per_node=8 -m phi3v_train.cli eval ...
 """
 
 import os
@@ -21,7 +21,7 @@ def eval_command_line(nproc: int, options: Mapping[str, object]) -> list[str]:
     """
     given = {name: str(value) for name, value in options.items() if value is not None}
     return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        sys.executable, "-m", "phi3v_train.elastic", "--standalone",
         f"--nproc_per_node={nproc}",
         "-m", "phi3v_train.cli", "eval",
         *[f"--{name}={value}" for name, value in given.items()],
