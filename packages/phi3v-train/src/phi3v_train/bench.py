@@ -15,6 +15,7 @@ Under torchrun all processes share a step, as in training:
 """
 
 import math
+import os
 import resource
 import statistics
 import sys
@@ -118,6 +119,9 @@ def run_bench(config: TrainConfig, *, num_steps: int = 10, num_warmup: int = 3) 
         ValueError: a row too short for a sample, or a model that isn't known.
     """
     world = join_world(config.device)
+    # transformers loads DeepSpeed where it is installed, which else looks for a device and says
+    # so on standard output, into the JSON
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     try:
         return _run(config, world, num_steps, num_warmup)
     finally:
