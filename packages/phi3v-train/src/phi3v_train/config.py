@@ -373,7 +373,7 @@ class CheckpointConfig(_Section):
     """Checkpoints of steps that are a multiple of this stay too; none: no others do."""
 
     def is_due(self, done: int, seconds: float) -> bool:
-        """Whether to save after `done` steps, `seconds` after the last checkpoint (or the start)."""
+        """Whether to save after `done` steps, `seconds` after the last checkpoint or start."""
         by_step = self.every_steps is not None and done % self.every_steps == 0
         return by_step or (self.every_minutes is not None and seconds >= 60 * self.every_minutes)
 
