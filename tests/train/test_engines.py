@@ -21,7 +21,6 @@ from tests.train.small_models import Prompt, packed_row, small_model
 ROWS = [packed_row(Prompt(9)), packed_row(Prompt(12, ((1, 1),), seed=2))]
 FSDP2 = ParallelConfig(engine="fsdp2")
 TWENTY = ("train.max_steps=20", "data.max_tokens_per_row=2000")
-RUNS_OF_A_GROUP = Path(__file__).with_name("engine_runs.py")
 
 
 def engine_of(parallel: ParallelConfig, *, forgotten: bool = False) -> Engine:
@@ -127,11 +126,12 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # --- two processes --------------------------------------------------------------------------------
 
 
-def run_group(folder: Path, runs: list[list[str]], timeout: int) -> str:
-    (folder / "runs.json").write_text(json.dumps(runs))
+def run_group(folder: Path, overrides: list[str], timeout: int) -> str:
+    """Train in two processes; what they said."""
+    (folder / "run.json").write_text(json.dumps(overrides))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        *("-m", "tests.train.engine_runs", str(folder / "runs.json")),
+        *("-m", "tests.train.engine_run", str(folder / "run.json")),
     ]
     group = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, cwd=Path(__file__).parents[2]
@@ -154,19 +154,14 @@ def assert_same_losses(output_dir: Path, expected: list[float]) -> None:
 
 
 @pytest.mark.slow
-def test_ddp_and_fsdp2_of_two_processes_give_the_losses_of_one_whatever_the_packing(
-    tiny: Path, toy_shards: Path, tmp_path: Path, expected: list[float]
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("tokens", [800, 2000])  # a sample or two a row, accumulated; all in a row
+def test_two_processes_give_the_losses_of_one_whatever_the_packing(
+    tiny: Path, toy_shards: Path, tmp_path: Path, expected: list[float], engine: str, tokens: int
 ) -> None:
-    names: list[str] = []
-    runs: list[list[str]] = []
-    for engine in ("ddp", "fsdp2"):
-        for tokens in (800, 2000):  # a sample a row, accumulated; all samples of a rank in a row
-            names.append(f"{engine}-{tokens}")
-            more = (f"parallel.engine={engine}", *TWENTY, f"data.max_tokens_per_row={tokens}")
-            runs.append(toy_overrides(tiny, toy_shards, tmp_path / names[-1], *more))
-    run_group(tmp_path, runs, timeout=500)
-    for name in names:
-        assert_same_losses(tmp_path / name, expected)
+    options = (f"parallel.engine={engine}", *TWENTY, f"data.max_tokens_per_row={tokens}")
+    run_group(tmp_path, toy_overrides(tiny, toy_shards, tmp_path / "two", *options), timeout=300)
+    assert_same_losses(tmp_path / "two", expected)
 
 
 @pytest.mark.slow
@@ -186,7 +181,7 @@ def test_zero_and_offloading_of_two_processes_give_the_losses_of_one(
     tiny: Path, toy_shards: Path, tmp_path: Path, expected: list[float], parallel: str
 ) -> None:
     options = (f"parallel={parallel}", *TWENTY)
-    run_group(tmp_path, [toy_overrides(tiny, toy_shards, tmp_path / "two", *options)], timeout=300)
+    run_group(tmp_path, toy_overrides(tiny, toy_shards, tmp_path / "two", *options), timeout=300)
     assert_same_losses(tmp_path / "two", expected)
 
 
@@ -207,7 +202,7 @@ def test_every_method_trains_on_every_engine_in_two_processes(
         "train.num_epochs=10",
         "optim.learning_rate=3e-3",
     )
-    run_group(tmp_path, [toy_overrides(tiny, toy_shards, tmp_path / "two", *options)], timeout=300)
+    run_group(tmp_path, toy_overrides(tiny, toy_shards, tmp_path / "two", *options), timeout=300)
     losses = losses_of(tmp_path / "two")
     assert losses[-1] < 0.9 * losses[0]
 
@@ -220,9 +215,9 @@ def test_zero_goes_on_from_its_checkpoint_where_it_stopped(
 ) -> None:
     options = (f"parallel.engine=zero{stage}", "checkpoint.every_steps=2", "checkpoint.keep=9")
     run = toy_overrides(tiny, toy_shards, tmp_path / "run", *options)
-    run_group(tmp_path, [run], timeout=300)
+    run_group(tmp_path, run, timeout=300)
     whole = weights_of(tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "latest").write_text("step-00000002\n")
-    assert "going on from step-00000002" in run_group(tmp_path, [run], timeout=300)
+    assert "going on from step-00000002" in run_group(tmp_path, run, timeout=300)
     assert_close(weights_of(tmp_path / "run"), whole)
