@@ -31,7 +31,10 @@ def read_trained(checkpoint: Path) -> dict[str, Tensor]:
     """
     state_format = read_state(checkpoint).state_format
     if state_format != "dcp":
-        raise CheckpointError(f"{checkpoint} holds files of format {state_format!r}, not known")
+        raise CheckpointError(
+            f"{checkpoint} holds files of format {state_format}, and only dcp is read here; let "
+            "the run come to its end, which writes its model or adapter folder"
+        )
     reader = FileSystemReader(checkpoint)
     try:
         listed = reader.read_metadata().state_dict_metadata
