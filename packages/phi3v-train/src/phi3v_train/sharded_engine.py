@@ -79,7 +79,10 @@ class ShardedEngine:
         """Forward pass of one row: the sum of its losses."""
         self.module.set_requires_gradient_sync(is_last)
         assert isinstance(self.module, nn.Module)
-        return self.module(batch.to(self.world.device))
+        loss: Tensor = self.module(batch.to(self.world.device))
+        if not torch.is_grad_enabled():  # an evaluation: no backward pass shares the root out again
+            self.module.reshard()
+        return loss
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradients of `loss`; after the last row each rank holds its share of them."""
