@@ -134,15 +134,16 @@ def test_settings_that_need_one_another_are_checked(overrides: list[str], messag
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_measure_and_answer_as_one_does(
-    toy: tuple[Path, Path], few: Path, tmp_path: Path
+    toy: tuple[Path, Path], few: Path, tmp_path: Path, engine: str
 ) -> None:
     from phi3v_train.launch import launch
 
     options = (f"data.eval={few}", "eval.every_steps=2", "eval.generate_every_steps=4")
     options += ("eval.max_new_tokens=2", "eval.after=false")
-    for nproc in (1, 2):
-        overrides = toy_overrides(*toy, tmp_path / str(nproc), *options)
+    for nproc, own in ((1, "single"), (2, engine)):
+        overrides = toy_overrides(*toy, tmp_path / str(nproc), *options, f"parallel.engine={own}")
         assert launch(None, overrides, nproc=nproc) == 0
     for one, two in zip(history(tmp_path / "1"), history(tmp_path / "2"), strict=True):
         assert two == pytest.approx(one, abs=1e-5)
