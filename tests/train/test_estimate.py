@@ -35,6 +35,11 @@ def config(*overrides):
     return load_config(None, ["model=m", "output_dir=o", "data.train=d", *overrides])
 
 
+def config_of(model: Phi3VForCausalLM) -> Phi3VConfig:
+    assert isinstance(model.config, Phi3VConfig)
+    return model.config
+
+
 def estimate(*arguments):
     return CliRunner().invoke(main, ["estimate", *arguments])
 
@@ -44,7 +49,7 @@ def estimate(*arguments):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights_are_counted_as_the_model_has_them(method):
-    for sizes in (small_model().config, REAL):
+    for sizes in (config_of(small_model()), REAL):
         with torch.device("meta"):
             training = prepare(Phi3VForCausalLM(sizes), method, "fp32")
         counts = count_parameters(sizes, method)
@@ -66,7 +71,9 @@ def test_weights_gradients_and_moments_are_exactly_those_of_a_training_step(meth
         for name in ("exp_avg", "exp_avg_sq")
     )
     setting = config().model_copy(update={"method": method})
-    memory = estimate_memory(setting, training.model.config, 1, engine="single", precision="fp32")
+    memory = estimate_memory(
+        setting, config_of(training.model), 1, engine="single", precision="fp32"
+    )
     assert memory.weights == sum(p.nbytes for p in training.model.parameters())
     assert memory.gradients == sum(
         p.grad.nbytes for p in training.trainable.values() if p.grad is not None
@@ -109,11 +116,11 @@ def test_activations_are_what_autograd_keeps(method, precision, recompute):
     training = prepare(model, method, precision)
     row = packed_row(Prompt(40, ((1, 1),)), Prompt(30, ((1, 1),)))
     work = Work.of_row(row)
-    predicted = activation_bytes(model.config, method, work, precision, has_varlen=False)
+    predicted = activation_bytes(config_of(model), method, work, precision, has_varlen=False)
     kept = kept_by_autograd(training, row)
     if recompute:  # kept between the passes are inputs alone; the rest is one layer, later
         one_layer = activation_bytes(
-            model.config,
+            config_of(model),
             method.model_copy(update={"gradient_checkpointing": False}),
             work,
             precision,

@@ -146,7 +146,7 @@ def test_an_adapter_that_is_not_a_number_is_refused_before_anything_is_written(
     weights = load_file(broken / "adapter_model.safetensors")
     next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, broken / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"(?i)nan"):
         merge(broken, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
