@@ -230,7 +230,7 @@ def test_a_checkpoint_folder_that_is_none_is_refused(work: Path, there: bool) ->
     [
         ("{", "is damaged"),
         ("{}", "is damaged"),
-        ('{"format_version": 99}', "checkpoint format 99, this program reads 2"),
+        ('{"format_version": 99}', "checkpoint format 99, this program reads 1"),
         ("[]", "is damaged"),
         ('{"format_version": 1}', "is damaged"),
     ],

@@ -64,6 +64,9 @@ AnyPath = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all)."""
 
+SMALL_BYTES = 32 * 1024 * 1024
+"""So much is written before another process has started."""
+
 SHARD_BYTES = 128 * 1024 * 1024
 
 WINDOW = 2
@@ -154,7 +157,7 @@ def write_shards(
             allow_missing_answer=allow_missing_answer,
             num_crops=num_crops,
         ),
-        num_workers=num_cores() if num_workers is None else num_workers,
+        num_workers=num_workers,
         progress=progress or _say_nothing,
     )
     existing = existing_manifest(run.target, overwrite=overwrite)
@@ -207,7 +210,7 @@ class _Run:
     rules_for: Callable[[str], tuple[Rule, ...]]
     level: Level
     settings: Settings
-    num_workers: int
+    num_workers: int | None
     progress: Progress
 
     def root_of(self, file: str) -> Path:
@@ -395,9 +398,12 @@ def _write_index(work: Work, shards: list[WrittenShard]) -> IndexEntry:
 
 
 def _write_all(
-    tasks: list[ShardTask], num_workers: int
+    tasks: list[ShardTask], num_workers: int | None
 ) -> Iterator[tuple[ShardTask, WrittenShard]]:
     """Write shards, in this process or in several, and yield them as they are finished."""
+    if num_workers is None:
+        is_small = sum(task.planned.num_bytes for task in tasks) < SMALL_BYTES
+        num_workers = 1 if is_small else num_cores()
     num_workers = min(num_workers, len(tasks))
     if num_workers < 2:
         yield from ((task, write_shard(task)) for task in tasks)
