@@ -231,6 +231,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(jsonl: Path, t
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_many_kills_make_no_difference(tmp_path: Path, seed: int):
     kill_and_go_on(make_data(tmp_path / "data", 200), tmp_path, num_kills=10, seed=seed)

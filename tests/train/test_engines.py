@@ -154,6 +154,7 @@ def assert_same_losses(output_dir: Path, expected: list[float]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("tokens", [800, 2000])  # a sample or two a row, accumulated; all in a row
 def test_two_processes_give_the_losses_of_one_whatever_the_packing(

@@ -84,6 +84,7 @@ def test_a_run_killed_three_times_ends_as_one_that_was_left_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_ten_times_ends_as_one_that_was_left_alone(
     tiny: Path, toy_shards: Path, tmp_path: Path
 ) -> None:

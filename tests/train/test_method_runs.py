@@ -30,9 +30,12 @@ RUNS = {
 FAST = ("qlora, 8-bit moments", "vision in full, rates by part")
 
 
+LONG = [pytest.mark.slow, pytest.mark.long]
+
+
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(RUNS[n], id=n, marks=[] if n in FAST else pytest.mark.slow) for n in RUNS],
+    [pytest.param(RUNS[n], id=n, marks=[] if n in FAST else LONG) for n in RUNS],
 )
 def test_a_run_that_was_stopped_ends_bitwise_as_the_one_that_was_not(
     options: tuple[str, ...], tiny: Path, toy_shards: Path, tmp_path: Path

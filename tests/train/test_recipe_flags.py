@@ -187,6 +187,7 @@ def test_the_evaluation_split_of_a_task_is_found(tmp_path: Path, cache: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_docvqa_trains_on_a_thousand_samples_unless_told_to_take_all(
     tmp_path: Path, cache: Path
 ) -> None:
@@ -199,6 +200,7 @@ def test_docvqa_trains_on_a_thousand_samples_unless_told_to_take_all(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_without_a_split_to_evaluate_on_the_first_500_are_held_out(
     tmp_path: Path, cache: Path
 ) -> None:

@@ -134,6 +134,7 @@ def test_settings_that_need_one_another_are_checked(overrides: list[str], messag
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_measure_and_answer_as_one_does(
     toy: tuple[Path, Path], few: Path, tmp_path: Path, engine: str
@@ -152,6 +153,7 @@ def test_two_processes_measure_and_answer_as_one_does(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_eval_in_two_processes_prints_and_writes_what_one_does(
     toy: tuple[Path, Path], tmp_path: Path
 ) -> None:
