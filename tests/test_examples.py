@@ -247,6 +247,8 @@ def test_the_commands_of_a_page_lead_from_the_download_to_a_score(
     page = (EXAMPLES / task / "README.md").read_text()
     scored: list[Path] = []
     for line in "\n".join(re.findall(r"^```sh\n(.*?)^```$", page, re.M | re.S)).splitlines():
+        if not line.strip():
+            continue
         program, *words = shlex.split(line)
         if words and words[0] == "launch":  # smaller than life
             words += [*CPU, "precision=fp32", "train.global_batch_size=2", "train.max_steps=1"]
