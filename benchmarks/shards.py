@@ -295,7 +295,7 @@ def anonymous_mb() -> float:
 def run_side(side: str, folder: Path, seed: int, num_workers: int) -> dict[str, float]:
     """One epoch in this process."""
     if num_workers or side in PEERS:
-        import torch.utils.data  # noqa: F401
+        importlib.import_module("torch.utils.data")
     if side in PEERS:
         importlib.import_module(PACKAGES[side])
     before = anonymous_mb()

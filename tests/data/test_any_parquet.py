@@ -1,5 +1,6 @@
 import io
 import json
+import mmap
 import os
 import pickle
 import warnings
@@ -126,8 +127,8 @@ def test_images_that_are_stored_as_they_are_are_mapped(page_version: str, tmp_pa
         check(path.parent, rows)
         image = open_shards(path)[5].images[0]
 
-    assert image.obj is not None
-    assert len(image.obj) == path.stat().st_size  # type: ignore[arg-type]
+    assert isinstance(image.obj, mmap.mmap)
+    assert len(image.obj) == path.stat().st_size
 
 
 def test_files_of_a_folder_follow_one_another_by_name(tmp_path: Path):
@@ -333,7 +334,8 @@ def test_pandas_sees_texts_and_images(shards: tuple[Path, list[dict[str, Any]]])
 
     path, rows = shards
     table = pandas.concat([pandas.read_parquet(file) for file in files_of(path)])
-    check_foreign(table.to_dict("records"), rows)  # type: ignore[arg-type]
+    records: Any = table.to_dict("records")
+    check_foreign(records, rows)
 
 
 def test_polars_sees_texts_and_images(shards: tuple[Path, list[dict[str, Any]]]):
@@ -350,13 +352,13 @@ def test_datasets_sees_texts_and_pictures(
     import datasets
 
     path, rows = shards
-    data = datasets.load_dataset(
+    data: Any = datasets.load_dataset(
         "parquet",
         data_files=files_of(path),
         split="train",
         streaming=streaming,
         cache_dir=str(tmp_path / "hf"),
     )
-    check_foreign(list(data), rows)  # type: ignore[arg-type]
-    pictures = data.cast_column("images", datasets.List(datasets.Image()))  # type: ignore[union-attr]
+    check_foreign(list(data), rows)
+    pictures = data.cast_column("images", datasets.List(datasets.Image()))
     assert next(iter(pictures.skip(3)))["images"][2].size == (43, 32)

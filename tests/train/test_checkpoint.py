@@ -70,11 +70,14 @@ def engine(tiny: Path) -> ReplicatedEngine:
     return toy_engine(tiny, 1)
 
 
+NEWEST = Keep()
+
+
 def save(
     output_dir: Path,
     engine: ReplicatedEngine,
     step: int = 2,
-    keep: Keep = Keep(),  # noqa: B008
+    keep: Keep = NEWEST,
     score: Score | None = None,
 ) -> Path:
     return save_checkpoint(output_dir, replace(STATE, step=step, score=score), engine, WORLD, keep)

@@ -2,8 +2,8 @@
 # pyarrow ships no type stubs.
 """One shard, from its plan to its files: in any process, whole or not at all.
 
-written = write_shard(ShardTask(planned, "/tmp/work"))
-written.entry.sha256           # of /tmp/work/whole/shard-00000.parquet
+written = write_shard(ShardTask(planned, "shards/.train.tmp-shards"))
+written.entry.sha256           # of whole/shard-00000.parquet in there
 
 work/whole/shard-00000.parquet     the shard
 work/done/shard-00000.index        its rows of the index, an Arrow IPC file

@@ -199,7 +199,7 @@ class IndexReader:
             return u32[shard + row], []
         offsets = u64[offset + start : offset + end].tolist()
         lengths = u64[length + start : length + end].tolist()
-        return u32[shard + row], list(zip(offsets, lengths))  # noqa: B905
+        return u32[shard + row], list(zip(offsets, lengths, strict=True))
 
     def hashes(self, row: int) -> list[int]:
         """The xxh3-64 of each image of a row."""
