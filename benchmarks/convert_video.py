@@ -454,12 +454,12 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     """The lines of the table."""
     for base in BASES:
         target = "target" if base == BASES[0] else ""
-        yield f"{base + ' / side':20}{'cpu':20}{'wall':20}{target}".rstrip()
+        yield f"{base + ' / side':20}{'cpu':24}{'wall':24}{target}".rstrip()
         for result in results:
             if result.problem is not None:
                 yield f"{result.side:20}does not run here: {result.problem}"
                 continue
-            times = "".join(f"{result.ratios[base][clock]!s:20}" for clock in ("cpu", "wall"))
+            times = "".join(f"{result.ratios[base][clock]!s:24}" for clock in ("cpu", "wall"))
             claims = ", ".join(f"{clock} >= {value}" for clock, value in result.targets.items())
             yield f"{result.side:20}{times}{claims if target else ''}".rstrip()
         yield ""

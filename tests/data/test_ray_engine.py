@@ -15,6 +15,8 @@ from phi3v_data.schema import Sample
 from tests.data.clips import truncate, write_tree
 from tests.data.test_convert import Words, digest, write_words
 
+# Read when ray is imported. Under `uv run`, Ray would build another environment for its workers.
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 ray: Any = pytest.importorskip("ray")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +45,6 @@ class Slow(Words):
 @pytest.fixture(scope="module", autouse=True)
 def two_workers() -> Iterator[None]:
     """One Ray of two workers for all tests; `convert` takes the one that is there."""
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     sys.path.insert(0, str(ROOT))  # workers import what this process can
     ray.init(
         num_cpus=2,

@@ -273,12 +273,19 @@ def test_a_damaged_clip_gives_the_frames_of_a_full_decode_too(tmp_path: Path) ->
     for _ in range(40):
         path.write_bytes(whole)
         damage(path, random)
-        before, frames, after = decode_all(path), read_frames(path, 8), decode_all(path)
-        # What FFmpeg puts in the place of what is lost may be left from other work.
-        if len(before) == len(after) and all(map(np.array_equal, before, after)):
+        # What FFmpeg puts in the place of what is lost may be left from other work, in any of
+        # the three: a real difference is there each time.
+        for attempt in range(4):
+            before, frames, after = decode_all(path), read_frames(path, 8), decode_all(path)
+            if len(before) != len(after) or not all(map(np.array_equal, before, after)):
+                continue
+            expected = [before[i] for i in frame_indices(len(before), 8)]
+            if attempt < 3 and not all(map(np.array_equal, frames, expected)):
+                continue
             num_compared += 1
             num_concealed += not all(map(np.array_equal, before, clean))
-            assert_same(frames, [before[i] for i in frame_indices(len(before), 8)])
+            assert_same(frames, expected)
+            break
     assert num_compared > 10
     assert num_concealed > 5
 
