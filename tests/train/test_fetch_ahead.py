@@ -57,7 +57,9 @@ def test_what_comes_next_is_fetched_and_no_more_than_that(sources: Sources, tmp_
         assert 2 * size < few < 5 * size
         for row in rows[:6]:
             ahead.passed(row)
-        assert cached_bytes(tmp_path, least=8 * size) >= 8 * size
+        # Three were there; of the next three those that were passed before their turn are not
+        # fetched; then come three more.
+        assert cached_bytes(tmp_path, least=int(5.5 * size)) >= 5.5 * size
 
 
 def test_a_directory_on_this_disk_needs_nothing_of_it(sources: Sources, tmp_path: Path) -> None:
