@@ -18,6 +18,7 @@ from phi3v_train.evaluate import (
     write_result,
 )
 from phi3v_train.predictions import Prediction
+from phi3v_train.questions import Question, list_questions
 from phi3v_train.stream import StreamSettings
 
 from tests.train.builders import fresh_model, make_sample, make_shards, open_toy
@@ -49,12 +50,12 @@ def test_a_limit_takes_the_first_samples_in_their_order(
 def test_any_of_several_accepted_answers_is_right(tiny: Path, tmp_path: Path) -> None:
     encoder, reader = open_toy(tiny, make_shards(tmp_path / "ask", [_question("Nothing.")]))
     model = fresh_model(tiny).train()
-    (plain,) = evaluate(model, encoder, reader, numbers=[0], max_new_tokens=4)
+    (plain,) = evaluate(model, encoder, reader, questions=[Question(0, 0)], max_new_tokens=4)
     assert model.training
     assert not plain.correct
     accepted = make_shards(tmp_path / "both", [_question("Nothing.", plain.prediction + ".")])
     encoder, reader = open_toy(tiny, accepted)
-    (found,) = evaluate(model, encoder, reader, numbers=[0], max_new_tokens=4)
+    (found,) = evaluate(model, encoder, reader, questions=[Question(0, 0)], max_new_tokens=4)
     answers = ("Nothing.", plain.prediction + ".")
     assert found == Prediction(
         "q", "toy", plain.prediction, "Nothing.", answers, correct=True, score=1.0
@@ -87,8 +88,59 @@ def test_a_split_without_answers_is_answered_and_not_scored(tiny: Path, tmp_path
     assert json.loads((tmp_path / "eval" / "eval.json").read_text()) == {
         "metric": "accuracy",
         "num_samples": 1,
+        "num_questions": 1,
         "score": None,
     }
+
+
+def conversation(*answers: str | None) -> Sample:
+    """A picture, and as many questions about it as answers; each new one with a picture more."""
+    turns = [
+        Turn(images=(f"{number}.png",), user=f"What is {number}?", assistant=answer)
+        for number, answer in enumerate(answers)
+    ]
+    return Sample(id="talk", source="toy", conversations=tuple(turns))
+
+
+def test_every_turn_is_asked_after_those_before_it_as_the_data_has_them(
+    tiny: Path, tmp_path: Path
+) -> None:
+    talk = conversation("One.", "Two.", "Three.")
+    shards = make_shards(tmp_path / "talk", [talk, make_sample("s", ((), "Who?", "Nobody."))])
+    result = evaluate_model(
+        tiny, shards, num_crops=1, max_new_tokens=6, device="cpu", out_dir=tmp_path / "eval"
+    )
+    found = [(p.id, p.turn, p.answer) for p in result.predictions]
+    assert found == [
+        *(("talk", 1, "One."), ("talk", 2, "Two."), ("talk", 3, "Three.")),
+        ("s", 1, "Nobody."),
+    ]
+    summary = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert (summary["num_samples"], summary["num_questions"]) == (2, 4)
+    # The same conversations, each cut after a question.
+    encoder, reader = open_toy(tiny, shards)
+    for number in range(3):
+        cut = talk.model_copy(update={"conversations": talk.conversations[: number + 1]})
+        images = reader[0].images[: number + 1]
+        encoded = encoder(cut, images, for_generation=True)
+        (alone,) = generate_answers(fresh_model(tiny), encoder, [encoded], max_new_tokens=6)
+        assert result.predictions[number].prediction == alone
+
+
+def test_where_the_last_turn_has_no_answer_that_one_alone_is_asked(
+    tiny: Path, tmp_path: Path
+) -> None:
+    make_shards(tmp_path, [conversation("One.", "Two.")])  # draws the pictures
+    write_samples(tmp_path / "t.jsonl", [conversation("One.", None)])
+    write_shards(
+        [tmp_path / "t.jsonl"],
+        tmp_path / "test",
+        allow_missing_answer=True,
+        num_workers=1,
+    )
+    result = evaluate_model(tiny, tmp_path / "test", num_crops=1, max_new_tokens=2, device="cpu")
+    assert [(p.turn, p.answer) for p in result.predictions] == [(2, None)]
+    assert result.score is None
 
 
 def said(name: str, text: str, *answers: str, score: float, source: str = "toy") -> Prediction:
@@ -133,7 +185,8 @@ def test_a_prompt_is_as_long_as_it_is_when_encoded(tiny: Path, toy_shards: Path)
     encoder, reader = open_toy(tiny, toy_shards, num_crops=2)
     records = [reader[number] for number in range(6)]
     encoded = [encoder(r.sample, r.images, for_generation=True) for r in records]
-    assert prompt_lengths(reader, encoder, range(6)) == [len(e.input_ids) for e in encoded]
+    lengths = prompt_lengths(reader, encoder, list_questions(reader, 6))
+    assert lengths == [len(e.input_ids) for e in encoded]
 
 
 @pytest.mark.parametrize("count", [1, 7])
@@ -146,21 +199,22 @@ def test_ranks_answer_every_sample_once_and_merge_in_the_order_of_the_data(
     alone = evaluate_on_all_ranks(
         model, encoder, reader, World(0, 1, cpu), count=count, max_new_tokens=3
     )
-    shares: list[list[tuple[int, Prediction]]] = []
+    shares: list[list[tuple[Question, Prediction]]] = []
 
     class Recording(World):
         def gather(self, value):
             shares.append(value)
-            rest = [n for n in range(count) if n not in {number for number, _ in value}]
-            return [value, [(n, alone[n]) for n in rest]]
+            own = {question for question, _ in value}
+            asked = zip(list_questions(reader, count), alone, strict=True)
+            return [value, [pair for pair in asked if pair[0] not in own]]
 
     for rank in range(2):
         merged = evaluate_on_all_ranks(
             model, encoder, reader, Recording(rank, 2, cpu), count=count, max_new_tokens=3
         )
         assert merged == alone
-    numbers = [number for share in shares for number, _ in share]
-    assert sorted(numbers) == list(range(count))
+    questions = [question for share in shares for question, _ in share]
+    assert sorted(questions) == list_questions(reader, count)
     assert abs(len(shares[0]) - len(shares[1])) <= 1
 
 

@@ -8,7 +8,8 @@ runs/first/eval/eval.json             the metric, counts by class
 runs/first/eval/confusion.json, .txt  of a classification: which class was taken for which
 runs/first/eval/rrc_submission.json   of DocVQA: to upload
 
-Of a conversation the last question is asked; the turns before it are there as the data has them.
+Of a conversation every question is asked, after the turns before it as the data has them; see
+`questions`.
 """
 
 import json
@@ -39,10 +40,11 @@ from phi3v_train.metrics import (
 )
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
 from phi3v_train.predictions import Prediction, write_predictions
+from phi3v_train.questions import Question, asked, list_questions
 from phi3v_train.rrc import is_docvqa, write_rrc_submission
 
 BATCH_SIZE = 8
-"""Samples generated together, unless said otherwise."""
+"""Questions answered together, unless said otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,11 @@ class EvalResult:
 
     def summary(self) -> dict[str, Any]:
         """What `eval.json` holds."""
-        summary: dict[str, Any] = {"metric": self.metric, "num_samples": len(self.predictions)}
+        summary: dict[str, Any] = {
+            "metric": self.metric,
+            "num_samples": len({p.id for p in self.predictions}),
+            "num_questions": len(self.predictions),
+        }
         if self.score is None:
             return {**summary, "score": None}
         summary |= {
@@ -131,7 +137,7 @@ def evaluate(
     encoder: SampleEncoder,
     reader: ShardReader,
     *,
-    numbers: Sequence[int],
+    questions: Sequence[Question],
     max_new_tokens: int,
     batch_size: int = BATCH_SIZE,
     metric: Metric = "accuracy",
@@ -139,56 +145,60 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Answer some samples of a shard directory, in this process.
+    """Answer some questions of a shard directory, in this process.
 
     Args:
         model: any mode; it is put into evaluation mode and back.
         encoder: of its tokenizer, with the crop count it was trained with.
         reader: the data.
-        numbers: which samples.
+        questions: which ones; of `list_questions`.
         max_new_tokens: longest answer.
-        batch_size: samples generated together: those of like length.
+        batch_size: questions answered together: those of like length.
         metric: what `score` is.
         anls: its variant, where it is ANLS.
         autocast_dtype: dtype of matrix products over float32 weights; None: the weights' own.
-        on_progress: called with the number of samples done.
+        on_progress: called with the number of questions done.
 
     Returns:
-        Predictions in the order of `numbers`.
+        Predictions in the order of `questions`.
 
     Raises:
         ValueError: a sample that cannot be read or encoded; the message names it.
     """
     score = scorer(metric, anls)
-    lengths = prompt_lengths(reader, encoder, numbers)
+    lengths = prompt_lengths(reader, encoder, questions)
     # Long and short prompts apart; the longest first, so that memory runs out at once or never.
-    by_length = [numbers[i] for i in sorted(range(len(numbers)), key=lambda i: -lengths[i])]
-    found: dict[int, Prediction] = {}
+    by_length = [questions[i] for i in sorted(range(len(questions)), key=lambda i: -lengths[i])]
+    found: dict[Question, Prediction] = {}
     was_training = model.training
     model.eval()
     try:
         for batch in _batches(by_length, batch_size):
-            records = [reader[number] for number in batch]
-            encoded = [encoder(r.sample, r.images, for_generation=True) for r in records]
+            samples = [asked(reader.sample(number), turn) for number, turn in batch]
+            encoded: list[EncodedSample] = []
+            for sample, question in zip(samples, batch, strict=True):
+                images = reader[question.sample].images[: len(sample.images)]
+                encoded.append(encoder(sample, images, for_generation=True))
             with _autocast(model.device, autocast_dtype):
                 texts = generate_answers(model, encoder, encoded, max_new_tokens=max_new_tokens)
-            for number, record, text in zip(batch, records, texts, strict=True):
-                turn = record.sample.conversations[-1]
+            for question, sample, text in zip(batch, samples, texts, strict=True):
+                turn = sample.conversations[-1]
                 accepted = turn.answers or (() if turn.assistant is None else (turn.assistant,))
-                found[number] = Prediction(
-                    id=record.sample.id,
-                    source=record.sample.source,
+                found[question] = Prediction(
+                    id=sample.id,
+                    source=sample.source,
                     prediction=text,
                     answer=turn.assistant,
                     answers=accepted,
                     correct=is_correct(text, accepted) if accepted else None,
                     score=score(text, accepted) if accepted else None,
+                    turn=question.turn + 1,
                 )
             if on_progress is not None:
                 on_progress(len(found))
     finally:
         model.train(was_training)
-    return [found[number] for number in numbers]
+    return [found[question] for question in questions]
 
 
 def evaluate_on_all_ranks(
@@ -201,7 +211,7 @@ def evaluate_on_all_ranks(
     on_progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[Prediction]:
-    """Answer the first `count` samples together: each rank a share of about the same length.
+    """Answer what the first `count` samples ask: each rank a share of about the same length.
 
     Args:
         model: the same weights on every rank, whole.
@@ -209,45 +219,49 @@ def evaluate_on_all_ranks(
         reader: as in `evaluate`.
         world: the ranks.
         count: how many samples, from the first.
-        on_progress: called with (samples done, samples in all) of this rank.
+        on_progress: called with (questions done, questions in all) of this rank.
         settings: of `evaluate`.
 
     Returns:
-        Every sample's prediction once, in the order of the data, on every rank.
+        Every question's prediction once, in the order of the data, on every rank.
 
     Raises:
         ValueError: as `evaluate`.
     """
-    lengths = prompt_lengths(reader, encoder, range(count))
-    by_length = sorted(range(count), key=lambda number: (-lengths[number], number))
+    questions = list_questions(reader, count)
+    lengths = prompt_lengths(reader, encoder, questions)
+    by_length = [questions[i] for i in sorted(range(len(questions)), key=lambda i: -lengths[i])]
     own = by_length[world.rank :: world.world_size]
     predictions = evaluate(
         model,
         encoder,
         reader,
-        numbers=own,
+        questions=own,
         on_progress=None if on_progress is None else lambda done: on_progress(done, len(own)),
         **settings,
     )
     shares = world.gather(list(zip(own, predictions, strict=True)))
     merged = dict(pair for share in shares for pair in share)
-    assert len(merged) == sum(map(len, shares)) == count
-    return [merged[number] for number in range(count)]
+    assert len(merged) == sum(map(len, shares)) == len(questions)
+    return [merged[question] for question in questions]
 
 
 def prompt_lengths(
-    reader: ShardReader, encoder: SampleEncoder, numbers: Sequence[int]
+    reader: ShardReader, encoder: SampleEncoder, questions: Sequence[Question]
 ) -> list[int]:
     """Tokens of each prompt, from the index: no image is read.
 
     Raises:
         ValueError: a sample that cannot be encoded; the message names it.
     """
-    return [
-        encoder.chat.encode_text(reader.sample(number), for_generation=True).num_tokens
-        + sum(hd_layout(*wh, encoder.num_crops).num_tokens for wh in reader.image_sizes_wh(number))
-        for number in numbers
-    ]
+    lengths: list[int] = []
+    for number, turn in questions:
+        sample = asked(reader.sample(number), turn)
+        sizes_wh = reader.image_sizes_wh(number)[: len(sample.images)]
+        num_text = encoder.chat.encode_text(sample, for_generation=True).num_tokens
+        layouts = [hd_layout(*size_wh, encoder.num_crops) for size_wh in sizes_wh]
+        lengths.append(num_text + sum(layout.num_tokens for layout in layouts))
+    return lengths
 
 
 def summarize(predictions: Sequence[Prediction], metric: Metric = "accuracy") -> EvalResult:
@@ -318,12 +332,12 @@ def evaluate_model(
         out_dir: where predictions and summary go, if anywhere.
         num_crops: as in training.
         max_new_tokens: longest answer.
-        batch_size: samples generated together.
+        batch_size: questions answered together.
         metric: `accuracy` or `anls`.
         anls: `official` or `recipe`; see `metrics.anls_of_one`.
         limit: only the first so many samples.
         device: `auto`, `cpu` or `cuda`.
-        on_progress: called with (samples done, samples in all) of this process.
+        on_progress: called with (questions done, questions in all) of this process.
 
     Raises:
         ValueError: a folder that is not what it should be.
@@ -358,5 +372,5 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+def _batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
+    return (questions[start : start + size] for start in range(0, len(questions), size))

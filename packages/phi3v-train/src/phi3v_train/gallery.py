@@ -17,6 +17,7 @@ from phi3v_data.shards import ShardReader, open_shards
 from phi3v_data.thumbnails import Thumbnail, draw, plan_thumbnails, spread
 
 from phi3v_train.predictions import Prediction
+from phi3v_train.questions import asked
 from phi3v_train.run_folder import Evaluation
 
 MOST_ANSWERS = 48
@@ -35,11 +36,11 @@ class GalleryItem:
 
     prediction: Prediction
     question: str
-    """What the user said last; empty where the shards are gone."""
+    """What the user said; empty where the shards are gone."""
 
     pictures: tuple[Thumbnail, ...]
     num_images: int
-    """Of the sample: there may be more than pictures."""
+    """Up to the question: there may be more than pictures."""
 
     before: str | None
     """What was answered before training; None where nobody asked."""
@@ -59,23 +60,27 @@ def choose_answers(
         The items, and why there are no pictures: empty where there are.
     """
     numbers = _choose(evaluation.predictions)
-    earlier = {p.id: p.prediction for p in before.predictions} if before is not None else {}
+    answered = before.predictions if before is not None else ()
+    earlier = {(p.id, p.turn): p.prediction for p in answered}
     predictions = [evaluation.predictions[number] for number in numbers]
-    texts = [GalleryItem(p, "", (), 0, earlier.get(p.id)) for p in predictions]
+    texts = [GalleryItem(p, "", (), 0, earlier.get((p.id, p.turn))) for p in predictions]
     if shards is None:
         return texts, "config.yaml names no data.eval"
     try:
         reader = open_shards(shards)
         rows = _find_rows(reader, evaluation.predictions, numbers)
-        drawn = _draw(reader, rows)
+        samples = [
+            asked(reader.sample(row), item.prediction.turn - 1)
+            for row, item in zip(rows, texts, strict=True)
+        ]
+        drawn = _draw(reader, rows, [len(sample.images) for sample in samples])
     except (ValueError, OSError) as error:
         return texts, f"data.eval cannot be read: {error}"
     items: list[GalleryItem] = []
-    for item, row, pictures in zip(texts, rows, drawn, strict=True):
-        turn = reader.sample(row).conversations[-1]
-        num_images = len(reader.image_sizes_wh(row))
+    for item, sample, pictures in zip(texts, samples, drawn, strict=True):
+        question, num_images = sample.conversations[-1].user, len(sample.images)
         items.append(
-            GalleryItem(item.prediction, turn.user, tuple(pictures), num_images, item.before)
+            GalleryItem(item.prediction, question, tuple(pictures), num_images, item.before)
         )
     return items, ""
 
@@ -109,13 +114,15 @@ def _find_rows(
     return [row_of[predictions[n].id] for n in numbers]
 
 
-def _draw(reader: ShardReader, rows: Sequence[int]) -> list[list[Thumbnail]]:
-    """The pictures of each row."""
+def _draw(
+    reader: ShardReader, rows: Sequence[int], num_images: Sequence[int]
+) -> list[list[Thumbnail]]:
+    """The first so many pictures of each row."""
     with tempfile.TemporaryDirectory(prefix="phi3v-report-") as folder:
         groups: list[list[str]] = []
-        for row in rows:
-            images = reader[row].images
-            files = [f"{folder}/{row}.{k}" for k in spread(len(images), MOST_PICTURES)]
+        for number, (row, count) in enumerate(zip(rows, num_images, strict=True)):
+            images = reader[row].images[:count]
+            files = [f"{folder}/{number}.{k}" for k in spread(len(images), MOST_PICTURES)]
             for file, k in zip(files, spread(len(images), MOST_PICTURES), strict=True):
                 Path(file).write_bytes(images[k])
             groups.append(files)

@@ -1,9 +1,9 @@
-"""What a model answered, a sample a line.
+"""What a model answered, a question a line.
 
 predictions.jsonl
 
 {"id": "val-26167", "source": "docvqa", "prediction": "page 2", "answer": "2",
- "answers": ["2", "page 2"], "correct": true, "score": 1.0}
+ "answers": ["2", "page 2"], "correct": true, "score": 1.0, "turn": 1}
 
 A split without answers gives the same lines with nulls: nothing to compare with.
 """
@@ -34,6 +34,8 @@ class Prediction:
     """Equal to an accepted answer after `metrics.normalize_answer`; None: nothing to compare."""
     score: float | None
     """Its part in the metric, 0 to 1; None: nothing to compare."""
+    turn: int = 1
+    """Which of the sample's turns asked, from 1."""
 
 
 def write_predictions(predictions: Sequence[Prediction], path: Path) -> None:

@@ -264,7 +264,8 @@ def _card(item: GalleryItem) -> str:
         words.append(f"<p><small>score {prediction.score:.2f}</small></p>")
     if item.before is not None and item.before != prediction.prediction:
         words.append(f"<p><small>before: {_words(item.before)}</small></p>")
-    words.append(f'<p class="id">{_words(prediction.id)}</p>')
+    place = prediction.id if prediction.turn == 1 else f"{prediction.id}, turn {prediction.turn}"
+    words.append(f'<p class="id">{_words(place)}</p>')
     return (
         f'<article class="card {kind}">{_pictures(item)}'
         f'<div class="words">{"".join(words)}</div></article>'

@@ -41,7 +41,7 @@ from phi3v_train.retention import Score
 from phi3v_train.stream import StreamSettings, TrainStream
 
 Progress = Callable[[int, int], None]
-"""Called with (samples done, samples in all) of this rank."""
+"""Called with (questions done, questions in all) of this rank."""
 
 
 @dataclass(slots=True)
