@@ -45,10 +45,10 @@ from phi3v_data.worker_pool import num_cores, start_workers
 RulesFor = Callable[[str], tuple[Rule, ...]]
 """A file to the rules that run on it."""
 
-BLOCK_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 19
 """Of JSONL, looked at together: its columns stay in the cache of a core."""
 
-TASK_BLOCKS = 8
+TASK_BLOCKS = 4
 """In one task: handing over one takes as long as a block."""
 
 SMALL_BYTES = 4 << 20
