@@ -1,5 +1,9 @@
 import json
+import os
 import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +95,26 @@ def test_a_run_writes_what_its_docstring_lists(finished: Path) -> None:
         *("log.jsonl", "model", "report.html", "tensorboard"),
     }
     assert load_config(finished / "config.yaml").output_dir == finished
+
+
+def test_a_run_that_a_signal_stops_leaves_a_line_of_its_last_step_and_its_report(
+    toy: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop_after_the_first_line() -> None:
+        while not (tmp_path / "log.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    config = toy_config(*toy, tmp_path, "train.num_epochs=100", "train.log_every=5", LOGGED[1])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(stop_after_the_first_line)
+        result = train(config)
+    assert result.stopped_by is signal.SIGUSR1
+    assert log_lines(tmp_path)[-1]["step"] == result.step
+    assert f"{result.step} of 300 steps" in (tmp_path / "report.html").read_text()
+    *_, wrote, stopped = capsys.readouterr().out.splitlines()
+    assert wrote == f"wrote {tmp_path / 'report.html'}"
+    assert stopped.startswith(f"stopped after {result.step} of 300 steps; run the same command")
 
 
 def test_a_finished_run_called_again_says_so_and_gives_its_result(

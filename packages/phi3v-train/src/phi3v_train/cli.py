@@ -485,8 +485,8 @@ def report_command(run: Path, out: Path | None) -> None:
     """Write the report of RUN, the output_dir of a training run.
 
     One page with curves, speed, answers with their pictures, the confusion matrix and all
-    settings; it needs no other file and no network. A run writes it when it ends; while it is
-    going on, or after it was stopped, this command does.
+    settings; it needs no other file and no network. A run writes it when it ends or is stopped;
+    while it is going on, or after it was killed, this command does.
 
     \b
       phi3v-train report runs/first

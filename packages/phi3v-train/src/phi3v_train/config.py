@@ -351,7 +351,7 @@ class LogConfig(_Section):
     """Project at Weights & Biases to log to as well; needs the extra `phi3v-train[wandb]`."""
 
     report: bool = True
-    """Write `report.html` when the run ends."""
+    """Write `report.html` when the run ends, or is stopped by a signal."""
 
 
 class CheckpointConfig(_Section):

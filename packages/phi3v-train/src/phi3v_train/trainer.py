@@ -309,7 +309,7 @@ def _train(
             wait = waits / world.world_size
             meter.add(tokens=tokens, images=images, flops=flops, wait_seconds=wait)
             log.advance(done, loss)
-            if done % config.train.log_every == 0 or done == num_steps:
+            if done % config.train.log_every == 0 or stop or done == num_steps:
                 reading = meter.read()
                 memory, seconds = _memory_gib(world.device), time.perf_counter() - log.started
                 log.line(
@@ -362,6 +362,7 @@ def _train(
     assert saved_at == done
 
     if stopped_by is not None:
+        _report(config, world, log)
         log.say(f"stopped after {done} of {num_steps} steps; run the same command again to go on")
         return TrainResult(done, num_steps, None, stopped_by=stopped_by)
 
@@ -380,10 +381,7 @@ def _train(
         log.say(f"after training: {after}")
         if after.score is not None:
             log.scores(done, {after.metric: after.score})
-    if world.is_main and config.log.report:
-        from phi3v_train.report import write_report  # with matplotlib, which nothing else needs
-
-        log.say(f"wrote {write_report(config.output_dir).path}")
+    _report(config, world, log)
     return TrainResult(
         done,
         num_steps,
@@ -511,6 +509,13 @@ def _export(
         move(training.model, dtype)  # every rank evaluates what was saved
     world.barrier()
     return output
+
+
+def _report(config: TrainConfig, world: World, log: RunLog) -> None:
+    if world.is_main and config.log.report:
+        from phi3v_train.report import write_report  # with matplotlib, which nothing else needs
+
+        log.say(f"wrote {write_report(config.output_dir).path}")
 
 
 def _peak(world: World, precision: str) -> float | None:
