@@ -149,6 +149,22 @@ def test_a_check_finds_a_weight_a_name_and_a_side_file_that_changed(
         check_export(folder, model, tiny)
 
 
+def test_code_that_auto_map_names_is_handed_on_as_it_is(tiny: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny, tmp_path / "base")
+    fields = json.loads((base / "config.json").read_text())
+    auto_map = {"AutoConfig": "configuration_phi3_v.Phi3VConfig"}
+    (base / "config.json").write_text(json.dumps(fields | {"auto_map": auto_map}))
+    code = "raise RuntimeError('run')\n"
+    (base / "configuration_phi3_v.py").write_text(code)
+    (base / "sample_inference.py").write_text(code)
+    model, folder = load_model(base), tmp_path / "out"
+    export_model(model, base, folder, None)
+    check_export(folder, model, base)
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == auto_map
+    assert [path.name for path in folder.glob("*.py")] == ["configuration_phi3_v.py"]
+    assert (folder / "configuration_phi3_v.py").read_text() == code
+
+
 def test_the_commands_say_what_they_wrote(tiny: Path, lora: Path, tmp_path: Path) -> None:
     for command in ("merge", "export"):
         out = tmp_path / command

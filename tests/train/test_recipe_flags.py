@@ -296,6 +296,31 @@ def test_an_old_command_line_trains_and_evaluates(tiny: Path, tmp_path: Path, ca
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
 
 
+def test_a_file_without_answers_is_evaluated_and_not_trained_on(
+    tiny: Path, tmp_path: Path, cache: Path
+) -> None:
+    path = write_split(tmp_path, "ucf101", "test", 2)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row["conversations"][-1]["assistant"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", "--model", tiny, "--data", path, "--num_crops", 1, "--max_new_tokens", 1]
+    result = CliRunner().invoke(main, [*map(str, words), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "validating and sharding into" in result.output
+    assert "2 answers; the data has none to compare them with" in result.output
+    with pytest.raises(ValueError, match="the last turn has no assistant"):
+        sharded(path, num_crops=1)
+
+
+def test_a_file_with_all_answers_has_the_same_shards_for_training_and_evaluation(
+    tmp_path: Path, cache: Path
+) -> None:
+    path = write_split(tmp_path, "ucf101", "val", 2)
+    trained_on = sharded(path, num_crops=1)
+    assert sharded(path, num_crops=1, allow_missing_answer=True) == trained_on
+
+
 @pytest.mark.parametrize("spelling", ["--no-tqdm", "--no_tqdm", "--batch-size=4"])
 def test_flags_are_known_in_both_spellings(spelling: str) -> None:
     result = launch(spelling, "modl=m")

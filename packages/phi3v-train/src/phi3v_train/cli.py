@@ -195,7 +195,6 @@ def launch_command(
 def _recipe_overrides(
     recipe: RecipeFlags, own: tuple[str, ...], *, has_config: bool
 ) -> tuple[str, ...]:
-    from phi3v_train.rank_place import rank_place
     from phi3v_train.recipe_data import recipe_overrides
 
     has_gpu = False
@@ -203,13 +202,15 @@ def _recipe_overrides(
         import torch
 
         has_gpu = torch.cuda.is_available()
-    is_main = rank_place(os.environ).rank == 0
+    return recipe_overrides(recipe, own, has_config=has_config, has_gpu=has_gpu, say=_say)
 
-    def say(text: str) -> None:
-        if is_main:
-            click.echo(text, err=True)
 
-    return recipe_overrides(recipe, own, has_config=has_config, has_gpu=has_gpu, say=say)
+def _say(text: str) -> None:
+    """A sentence on standard error, from one process of a group."""
+    from phi3v_train.rank_place import rank_place
+
+    if rank_place(os.environ).rank == 0:
+        click.echo(text, err=True)
 
 
 def _split_arguments(arguments: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
@@ -228,8 +229,6 @@ def _show_dry_run(
     node_rank: int | None,
     rdzv_endpoint: str | None,
 ) -> None:
-    import os
-
     from phi3v_train.config import dump_config, load_config
     from phi3v_train.launch import check_crew
 
@@ -260,9 +259,24 @@ _device_option = click.option(
 )
 
 
+def _max_new_tokens_option(default: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    return click.option(
+        "--max_new_tokens",
+        type=click.IntRange(1),
+        default=default,
+        show_default=True,
+        help="Longest answer, in tokens.",
+    )
+
+
 @main.command("eval")
 @_model_option
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Shard directory.")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Shard directory, or conversations in a .jsonl file.",
+)
 @_adapter_option
 @click.option(
     "--out_dir", type=click.Path(path_type=Path), help="Where predictions and eval.json go."
@@ -274,13 +288,7 @@ _device_option = click.option(
     show_default=True,
     help="Crops an image is cut into; use what the model was trained with.",
 )
-@click.option(
-    "--max_new_tokens",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Longest answer, in tokens.",
-)
+@_max_new_tokens_option(64)
 @click.option(
     "--metric",
     type=click.Choice(["accuracy", "anls"]),
@@ -316,8 +324,9 @@ def eval_command(
     nproc: int | None,
     device: str,
 ) -> None:
-    """Answer the questions of a shard directory and score the answers.
+    """Answer the questions of a data set and score the answers.
 
+    DATA is a shard directory, or a .jsonl file, which is validated and sharded into a cache.
     Answers are generated greedily. Accuracy compares them after outer white space and full stops
     are off, in lower case; ANLS is DocVQA's score. A split without answers is answered and not
     scored. With --out_dir every prediction is kept, with a confusion matrix where answers are
@@ -332,10 +341,14 @@ def eval_command(
     """
     if anls is not None and metric == "accuracy":
         raise click.UsageError("--anls is the variant of another score than --metric accuracy")
+    if data.suffix == ".jsonl":
+        from phi3v_train.sharded_jsonl import sharded
+
+        data = sharded(data, num_crops=num_crops, allow_missing_answer=True, say=_say)
     if nproc is not None and nproc > 1:
         from phi3v_train.eval_processes import run_eval_processes
 
-        given = {**click.get_current_context().params, "nproc": None}
+        given = {**click.get_current_context().params, "data": data, "nproc": None}
         sys.exit(run_eval_processes(nproc, given))
 
     from rich.console import Console
@@ -379,13 +392,7 @@ def eval_command(
     type=click.IntRange(1),
     help="Crops an image is cut into.  [default: what the model folder says]",
 )
-@click.option(
-    "--max_new_tokens",
-    type=click.IntRange(1),
-    default=512,
-    show_default=True,
-    help="Longest answer, in tokens.",
-)
+@_max_new_tokens_option(512)
 @click.option(
     "--temperature",
     type=click.FloatRange(0),

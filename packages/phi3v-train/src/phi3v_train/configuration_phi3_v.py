@@ -22,6 +22,19 @@ CLIP_LARGE_14_336 = {
     "layer_norm_eps": 1e-5,
 }
 
+_COMPUTED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "embd_layer.embedding_cls": "image",
+    "embd_layer.hd_transform_order": "sub_glb",
+    "embd_layer.projection_cls": "mlp",
+    "embd_layer.use_hd_transform": True,
+    "embd_layer.with_learnable_separator": True,
+    "vision_config.hidden_act": "quick_gelu",
+}
+"""What the model computes whatever the file says; so the file may say nothing else."""
+
 DEFAULT_IMAGE_TOKEN_ID = 32044
 """`<|image|>` in both published tokenizers."""
 
@@ -35,7 +48,8 @@ class Phi3VConfig(PreTrainedConfig):
     head_dim / 2, or None for plain rotary embedding.
 
     Raises:
-        ValueError: a `rope_scaling` of another kind, or factors of the wrong length.
+        ValueError: a `rope_scaling` of another kind, factors of the wrong length, or a variant of
+            the model that is not computed here (another activation, a sliding window ...).
     """
 
     model_type = "phi3_v"
@@ -91,7 +105,25 @@ class Phi3VConfig(PreTrainedConfig):
                     f"rope_scaling.{name}: expected {self.head_dim // 2} factors "
                     f"(half of head_dim), got {len(factors)}"
                 )
+        self._refuse_other_variants()
         super().__post_init__(**kwargs)
+
+    def _refuse_other_variants(self) -> None:
+        for place, computed in _COMPUTED.items():
+            section, _, name = place.rpartition(".")
+            fields = (getattr(self, section) if section else vars(self)) or {}
+            if fields.get(name, computed) != computed:
+                raise ValueError(
+                    f"config.json, {place}: expected {computed!r}, got {fields[name]!r}; this "
+                    "model computes nothing else, so weights made for that would answer wrongly"
+                )
+        window, longest = self.sliding_window, self.max_position_embeddings
+        if window is not None and window < longest:  # the published ones are as long or longer
+            raise ValueError(
+                f"config.json, sliding_window: expected null or at least max_position_embeddings "
+                f"({longest}), got {window}; attention has no window here, so weights made for "
+                "that would answer wrongly"
+            )
 
     @property
     def head_dim(self) -> int:

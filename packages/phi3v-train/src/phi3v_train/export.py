@@ -14,9 +14,9 @@ from torch import nn
 
 from phi3v_train.lora import load_adapter, save_adapter
 from phi3v_train.methods import load_model
+from phi3v_train.model_files import write_model_files
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
 from phi3v_train.probe import largest_difference, probe
-from phi3v_train.quiet import quiet
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -28,6 +28,13 @@ SIDE_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "generation_config.json",
+    # What `auto_map` of config.json and others names. Nothing here runs it; vLLM and older
+    # transformers do, and so an export loads wherever its base does.
+    "configuration_phi3_v.py",
+    "modeling_phi3_v.py",
+    "image_embedding_phi3_v.py",
+    "image_processing_phi3_v.py",
+    "processing_phi3_v.py",
 )
 """Of the base folder, taken over as they are where they exist."""
 
@@ -46,8 +53,7 @@ def export_model(
     if dtype is not None:
         nn.Module.to(model, dtype)
     with _new_folder(out_dir) as folder:
-        with quiet():
-            model.save_pretrained(folder)
+        write_model_files(model, folder)
         _copy_side_files(base, folder)
     return out_dir
 

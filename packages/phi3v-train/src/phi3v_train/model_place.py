@@ -12,8 +12,8 @@ from pathlib import Path
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
-PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md", "LICENSE*")
-"""Files of a repository that are wanted; its Python code is never run."""
+PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.md", "*_phi3_v.py", "LICENSE*")
+"""Files of a repository that are wanted. Its Python code is never run: exports hand it on."""
 
 
 def find_model(name: str) -> Path:

@@ -188,6 +188,7 @@ class RunLog:
                     TimeRemainingColumn(),
                     console=self.console,
                     transient=True,
+                    speed_estimate_period=3600,  # steps of a large model may take a minute
                 )
                 self._task = self._progress.add_task(
                     "", total=self.num_steps, completed=self.start, note=""

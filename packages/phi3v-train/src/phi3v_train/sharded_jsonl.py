@@ -38,6 +38,7 @@ def sharded(
     num_crops: int,
     choose: Callable[[Sequence[Sample]], Sequence[Sample]] | None = None,
     part: str = "",
+    allow_missing_answer: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Path:
     """The shard directory of a file: validated and written, or found as it was.
@@ -49,6 +50,7 @@ def sharded(
         num_crops: most crops an image in training; a rule of validation asks.
         choose: takes some of the samples; none: all.
         part: names what `choose` takes, for the directory's name.
+        allow_missing_answer: the last turn may lack its answer, as in test splits.
         say: called with a sentence before and after the work.
 
     Raises:
@@ -57,9 +59,12 @@ def sharded(
     path = Path(jsonl)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    samples = list(read_samples(path)) if choose else []
+    samples = list(read_samples(path, allow_missing_answer=allow_missing_answer))
     images = default_image_root(path)
-    name = f"{path.stem}{'-' + part if part else ''}-{_key(path, images, num_crops, part)}"
+    # Where nothing is missing both ways give the same shards.
+    is_open = any(sample.conversations[-1].assistant is None for sample in samples)
+    key = _key(path, samples, images, f"{num_crops} {part}{' open' if is_open else ''}")
+    name = f"{path.stem}{'-' + part if part else ''}-{key}"
     target = shard_cache() / name
     if (target / MANIFEST).is_file():
         _tell(say, f"{path}: shards are in {target}")
@@ -74,12 +79,19 @@ def sharded(
             source = target.parent / f"{name}.jsonl"
             write_samples(source, choose(samples))
         _tell(say, f"{path}: validating and sharding into {target}")
-        result = write_shards([source], target, images=images, num_crops=num_crops, use_cache=True)
+        result = write_shards(
+            [source],
+            target,
+            images=images,
+            num_crops=num_crops,
+            allow_missing_answer=is_open,
+            use_cache=True,
+        )
         if result.manifest is None:
             errors = [d for d in result.report.diagnostics if d.severity == "error"]
             shown = "; ".join(f"{d.code} {d.message}" for d in errors[:MOST_NAMED])
             raise ValueError(
-                f"{path} is not valid, and nothing was trained: {shown} "
+                f"{path} is not valid, and nothing was done with it: {shown} "
                 f"({len(errors)} errors in all; `phi3v-data validate {path}` shows them)"
             )
     finally:
@@ -88,16 +100,15 @@ def sharded(
     return target
 
 
-def _key(path: Path, images: Path, num_crops: int, part: str) -> str:
+def _key(path: Path, samples: Sequence[Sample], images: Path, settings: str) -> str:
     digest = xxhash.xxh3_128(path.read_bytes())
-    for name in sorted({image for sample in read_samples(path) for image in sample.images}):
+    for name in sorted({image for sample in samples for image in sample.images}):
         try:
             state = os.stat(images / name)
         except OSError:  # validation says it better
             continue
         digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
-    made_by = f"{version('phi3v-data')} {num_crops} {part}"
-    digest.update(made_by.encode())
+    digest.update(f"{version('phi3v-data')} {settings}".encode())
     return digest.hexdigest()[:16]
 
 
