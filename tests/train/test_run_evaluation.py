@@ -1,12 +1,17 @@
 """Evaluations while a run trains: when, what they leave, when they end it, and after a resume."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from phi3v_train.checkpoint import latest_checkpoint
+from phi3v_train.cli import main
 from phi3v_train.config import load_config
+from phi3v_train.evaluate import evaluate_model
 from phi3v_train.trainer import train
 
 from tests.train.builders import log_lines, make_shards, toy_config, toy_overrides, toy_samples
@@ -133,46 +138,111 @@ def test_settings_that_need_one_another_are_checked(overrides: list[str], messag
         load_config(None, ["model=m", "output_dir=o", "data.train=d", *overrides])
 
 
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_processes_measure_and_answer_as_one_does(
-    toy: tuple[Path, Path], few: Path, tmp_path: Path, engine: str
-) -> None:
-    from phi3v_train.launch import launch
+# --- two processes --------------------------------------------------------------------------------
 
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def evaluating(toy: tuple[Path, Path], few: Path, output: Path, engine: str) -> list[str]:
+    """A run that measures its loss every two steps, and answers before, after the fourth, after."""
     options = (f"data.eval={few}", "eval.every_steps=2", "eval.generate_every_steps=4")
-    options += ("eval.max_new_tokens=2", "eval.after=false")
-    for nproc, own in ((1, "single"), (2, engine)):
-        overrides = toy_overrides(*toy, tmp_path / str(nproc), *options, f"parallel.engine={own}")
-        assert launch(None, overrides, nproc=nproc) == 0
-    for one, two in zip(history(tmp_path / "1"), history(tmp_path / "2"), strict=True):
-        assert two == pytest.approx(one, abs=1e-5)
-    name = Path("eval") / "step-00000004" / "predictions.jsonl"
-    assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text()
+    options += ("eval.max_new_tokens=2", "eval.before=true", f"parallel.engine={engine}")
+    return toy_overrides(*toy, output, *options)
+
+
+def eval_of(toy: tuple[Path, Path], output: Path) -> dict[str, Any]:
+    """An odd number of samples, more than a batch of each process."""
+    settings = {"num_crops": 1, "max_new_tokens": 3, "batch_size": 2, "metric": "anls", "limit": 11}
+    paths = {"model": str(toy[0]), "data": str(toy[1]), "out_dir": str(output)}
+    return {**settings, **paths, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def alone(toy: tuple[Path, Path], few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run and an `eval` of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(load_config(None, evaluating(toy, few, folder / "run", "single")))
+    evaluate_model(**eval_of(toy, folder / "eval"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(toy: tuple[Path, Path], few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in one group of two processes, a run for every engine."""
+    folder = tmp_path_factory.mktemp("together")
+    runs = [evaluating(toy, few, folder / engine, engine) for engine in ENGINES]
+    (folder / "asked.json").write_text(
+        json.dumps({"runs": runs, "eval": eval_of(toy, folder / "eval")})
+    )
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("-m", "tests.train.evaluation_run", str(folder / "asked.json")),
+    ]
+    group = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2]
+    )
+    assert group.returncode == 0, group.stdout + group.stderr
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.long
-def test_eval_in_two_processes_prints_and_writes_what_one_does(
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_measure_and_answer_as_one_does(
+    alone: Path, together: Path, engine: str
+) -> None:
+    for one, two in zip(history(alone / "run"), history(together / engine), strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
+    for when in ("before", "step-00000004", "after"):
+        for name in ("predictions.jsonl", "eval.json"):
+            file = Path("eval") / when / name
+            assert (together / engine / file).read_text() == (alone / "run" / file).read_text()
+
+
+@pytest.mark.slow
+def test_eval_of_two_processes_answers_everything_once_and_as_one_does(
+    alone: Path, together: Path
+) -> None:
+    names = {path.name for path in (together / "eval").iterdir()}
+    assert names == {"predictions.jsonl", "eval.json"}
+    for name in names:
+        assert (together / "eval" / name).read_text() == (alone / "eval" / name).read_text()
+    lines = (together / "eval" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [f"s{number}" for number in range(11)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_of_two_processes_logs_what_it_did_itself(together: Path, engine: str) -> None:
+    logs = [
+        [json.loads(line) for line in (together / engine / "logs" / name).read_text().splitlines()]
+        for name in ("rank-0.jsonl", "rank-1.jsonl")
+    ]
+    assert [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5, 6]
+    for first, second in zip(*logs, strict=True):
+        assert first["step"] == second["step"]
+        assert first["num_samples"] + second["num_samples"] == 4
+        assert min(first["num_tokens"], second["num_tokens"]) > 0
+        assert min(first["memory_gib"], second["memory_gib"]) > 0
+
+
+@pytest.mark.slow
+def test_the_command_eval_in_two_processes_prints_and_writes_what_one_does(
     toy: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    import subprocess
-    import sys
-
-    told: list[str] = []
-    for nproc in ("1", "2"):
-        command = [
-            *(sys.executable, "-m", "phi3v_train.cli", "eval", "--model", toy[0], "--data", toy[1]),
-            *("--num_crops", "1", "--max_new_tokens", "2", "--device", "cpu", "--nproc", nproc),
-            *("--out_dir", tmp_path / nproc, "--anls", "official", "--limit", "5"),
+    def words(nproc: str) -> list[str]:
+        model, data = map(str, toy)
+        return [
+            *("eval", "--model", model, "--data", data, "--num_crops", "1", "--limit", "5"),
+            *("--max_new_tokens", "2", "--device", "cpu", "--anls", "official"),
+            *("--nproc", nproc, "--out_dir", str(tmp_path / nproc)),
         ]
-        done = subprocess.run(
-            [str(word) for word in command], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        told.append(done.stdout)
-    assert told[0] == told[1]
-    assert told[0].startswith("ANLS ")
+
+    alone = CliRunner().invoke(main, words("1"))
+    assert alone.exit_code == 0, alone.output
+    command = [sys.executable, "-m", "phi3v_train.cli", *words("2")]
+    two = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout == alone.stdout
+    assert two.stdout.startswith("ANLS ")
     for name in ("predictions.jsonl", "eval.json"):
         assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text()

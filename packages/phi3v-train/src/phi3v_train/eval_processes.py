@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 
 from phi3v_train.launch import run_forwarding_signals, worker_environment
+from phi3v_train.rank_place import rank_place
 
 
 def eval_command_line(nproc: int, options: Mapping[str, object]) -> list[str]:
@@ -29,6 +30,15 @@ def eval_command_line(nproc: int, options: Mapping[str, object]) -> list[str]:
 
 
 def run_eval_processes(nproc: int, options: Mapping[str, object]) -> int:
-    """Run them to their end; their exit status."""
+    """Run them to their end; their exit status.
+
+    Raises:
+        ValueError: this process is itself one of many.
+    """
+    place = rank_place(os.environ)
+    if place.launcher is not None:
+        raise ValueError(
+            f"--nproc {nproc} inside a process that {place.launcher} started; leave --nproc out"
+        )
     command = eval_command_line(nproc, options)
     return run_forwarding_signals(command, worker_environment(os.environ, nproc))

@@ -24,6 +24,7 @@ from phi3v_data.atomic import write_atomic
 from phi3v_data.shards import ShardReader, open_shards
 from torch import Tensor
 
+from phi3v_train.answering_model import NUM_CROPS, find_answering_model
 from phi3v_train.chat import ChatEncoder
 from phi3v_train.collator import EncodedSample, SampleEncoder
 from phi3v_train.confusion import confusion_json, confusion_table, is_classification
@@ -312,7 +313,7 @@ def evaluate_model(
     *,
     adapter: str | Path | None = None,
     out_dir: str | Path | None = None,
-    num_crops: int = 16,
+    num_crops: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int = BATCH_SIZE,
     metric: Metric = "accuracy",
@@ -326,11 +327,11 @@ def evaluate_model(
     Under torchrun every process answers its share, and the first one writes.
 
     Args:
-        model: Hugging Face folder.
+        model: Hugging Face folder; or a run or an adapter, see `find_answering_model`.
         data: shard directory; without answers there are predictions and no score.
-        adapter: PEFT folder to put on the model.
+        adapter: PEFT folder (or a run) to put on the model.
         out_dir: where predictions and summary go, if anywhere.
-        num_crops: as in training.
+        num_crops: as in training; None: what the run says that it was, else 16.
         max_new_tokens: longest answer.
         batch_size: questions answered together.
         metric: `accuracy` or `anls`.
@@ -345,8 +346,10 @@ def evaluate_model(
     world = join_world(device)
     try:
         reader = open_shards(data)
-        encoder = SampleEncoder(ChatEncoder(model), num_crops)
-        loaded = load_for_inference(model, adapter=adapter, device=world.device)
+        found = find_answering_model(model, adapter)
+        num_crops = num_crops or found.num_crops or NUM_CROPS
+        encoder = SampleEncoder(ChatEncoder(found.folder), num_crops)
+        loaded = load_for_inference(found.folder, adapter=found.adapter, device=world.device)
         predictions = evaluate_on_all_ranks(
             loaded,
             encoder,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from phi3v_train.answering_model import find_answering_model
 from phi3v_train.chat import IMAGE_TAG
 from phi3v_train.methods import load_for_inference
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
@@ -66,19 +67,21 @@ def load(
     """Load a model folder and its processor, ready to answer.
 
     Args:
-        folder: Hugging Face model folder.
-        adapter: PEFT folder to put on the model.
-        num_crops: crops an image is cut into; by default what the folder says.
+        folder: Hugging Face folder; or a run or an adapter, see `find_answering_model`.
+        adapter: PEFT folder (or a run) to put on the model.
+        num_crops: crops an image is cut into; by default what the run or the folder says.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
         ValueError: a folder that is not what it should be.
     """
-    model = load_for_inference(folder, adapter=adapter, device=device)
+    found = find_answering_model(folder, adapter)
+    model = load_for_inference(found.folder, adapter=found.adapter, device=device)
+    num_crops = num_crops or found.num_crops
     try:
-        processor = Phi3VProcessor.from_pretrained(folder, num_crops=num_crops)
+        processor = Phi3VProcessor.from_pretrained(found.folder, num_crops=num_crops)
     except OSError as error:
-        raise ValueError(f"{folder} lacks a processor's files: {error}") from error
+        raise ValueError(f"{found.folder} lacks a processor's files: {error}") from error
     return model, processor
 
 
