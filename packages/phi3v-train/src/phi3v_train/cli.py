@@ -249,10 +249,13 @@ def _show_dry_run(
 
 
 _model_option = click.option(
-    "--model", required=True, type=click.Path(path_type=Path), help="Hugging Face model folder."
+    "--model",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Hugging Face model folder; or a run, or an adapter folder.",
 )
 _adapter_option = click.option(
-    "--adapter", type=click.Path(path_type=Path), help="LoRA adapter folder to put on."
+    "--adapter", type=click.Path(path_type=Path), help="LoRA adapter folder, or run, to put on."
 )
 _device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
@@ -284,9 +287,8 @@ def _max_new_tokens_option(default: int) -> Callable[[Callable[P, R]], Callable[
 @click.option(
     "--num_crops",
     type=click.IntRange(1),
-    default=16,
-    show_default=True,
-    help="Crops an image is cut into; use what the model was trained with.",
+    help="Crops an image is cut into; use what the model was trained with.  [default: what the "
+    "run was trained with, else 16]",
 )
 @_max_new_tokens_option(64)
 @click.option(
@@ -315,7 +317,7 @@ def eval_command(
     data: Path,
     adapter: Path | None,
     out_dir: Path | None,
-    num_crops: int,
+    num_crops: int | None,
     max_new_tokens: int,
     metric: Literal["accuracy", "anls"] | None,
     anls: Literal["official", "recipe"] | None,
@@ -329,11 +331,12 @@ def eval_command(
     DATA is a shard directory, or a .jsonl file, which is validated and sharded into a cache.
     Answers are generated greedily. Accuracy compares them after outer white space and full stops
     are off, in lower case; ANLS is DocVQA's score. A split without answers is answered and not
-    scored. With --out_dir every prediction is kept, with a confusion matrix where answers are
+    scored. Of a conversation every question is asked, after the turns before it as the data has
+    them. With --out_dir every prediction is kept, with a confusion matrix where answers are
     classes, and a file to submit where they are DocVQA's.
 
     \b
-      phi3v-train eval --model runs/first/model --data shards/val --num_crops 4
+      phi3v-train eval --model runs/first --data shards/val
       phi3v-train eval --model models/phi-3.5-vision --adapter runs/lora/adapter \\
           --data shards/val --out_dir runs/lora/eval
       phi3v-train eval --model runs/docvqa/model --data shards/docvqa/val --anls official \\
@@ -344,7 +347,7 @@ def eval_command(
     if data.suffix == ".jsonl":
         from phi3v_train.sharded_jsonl import sharded
 
-        data = sharded(data, num_crops=num_crops, allow_missing_answer=True, say=_say)
+        data = sharded(data, num_crops=num_crops or 16, allow_missing_answer=True, say=_say)
     if nproc is not None and nproc > 1:
         from phi3v_train.eval_processes import run_eval_processes
 
@@ -578,6 +581,11 @@ def export_command(
     type=click.FloatRange(0, 1, min_open=True),
     help="Share of the GPU's peak while it computes.  [default: an assumption, by kind]",
 )
+@click.option(
+    "--as_is",
+    is_flag=True,
+    help="Rows and recomputing as CONFIG has them, not the fastest setting that fits.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every number.")
 @_one_line_errors
 def estimate_command(
@@ -587,6 +595,7 @@ def estimate_command(
     num_gpus: int | None,
     num_machines: int,
     efficiency: float | None,
+    as_is: bool,
     as_json: bool,
 ) -> None:
     """Predict memory and speed of every method on named GPUs, and say what to run.
@@ -598,7 +607,7 @@ def estimate_command(
     \b
       phi3v-train estimate --sku Standard_ND96asr_v4 train.global_batch_size=64
       phi3v-train estimate docvqa.yaml --gpu a100-80g --num_gpus 8
-      phi3v-train estimate ucf101.yaml --gpu rtx-4090 --json
+      phi3v-train estimate ucf101.yaml --gpu rtx-4090 --as_is --json
 
     Exit status: 0 something fits, 1 nothing does.
     """
@@ -617,6 +626,7 @@ def estimate_command(
         num_gpus=num_gpus,
         num_machines=num_machines,
         efficiency=efficiency,
+        as_is=as_is,
     )
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
