@@ -341,8 +341,8 @@ def _write_model(folder: Path, fields: dict[str, Any], end_id: int, seed: int) -
     from transformers import GenerationConfig
 
     from phi3v_train.configuration_phi3_v import Phi3VConfig
+    from phi3v_train.model_files import write_model_files
     from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
-    from phi3v_train.quiet import quiet
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -353,8 +353,7 @@ def _write_model(folder: Path, fields: dict[str, Any], end_id: int, seed: int) -
         eos_token_id=[end_id, fields["eos_token_id"]],
         pad_token_id=fields["pad_token_id"],
     )
-    with quiet():
-        model.save_pretrained(folder)
+    write_model_files(model, folder)
     # safetensors writes for the owner alone; the folder's other files show what umask allows.
     mode = (folder / "tokenizer.json").stat().st_mode
     (folder / "model.safetensors").chmod(mode)
