@@ -129,9 +129,7 @@ def configured(path: Path, model: Path, shards: Path, output_dir: Path) -> Train
 def run_parameters() -> list[Any]:
     """One of each method by default: that a number differs changes nothing about running."""
     quick = {"docvqa/lora-bf16", "hateful_memes/qlora-bf16", "nlvr2/frozen-vision-bf16"}
-    marks = [
-        () if name_of(path) in quick else (pytest.mark.slow, pytest.mark.long) for path in CONFIGS
-    ]
+    marks = [() if name_of(path) in quick else pytest.mark.slow for path in CONFIGS]
     return [
         pytest.param(path, marks=mark, id=name_of(path))
         for path, mark in zip(CONFIGS, marks, strict=True)
@@ -227,11 +225,7 @@ RAW: dict[str, tuple[str, Callable[[Path], None]]] = {
     "task",
     [
         "hateful_memes",
-        *[
-            pytest.param(t, marks=[pytest.mark.slow, pytest.mark.long])
-            for t in TASKS
-            if t[0] != "h"
-        ],
+        *[pytest.param(t, marks=pytest.mark.slow) for t in TASKS if t != "hateful_memes"],
     ],
 )
 def test_the_commands_of_a_page_lead_from_the_download_to_a_score(

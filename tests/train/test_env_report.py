@@ -8,10 +8,13 @@ from phi3v_train.env_report import add_attempt, environment, read_attempts
 def test_the_record_names_versions_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("SOME_API_KEY", "secret")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "noise")
     record = environment()
     assert {"torch", "transformers", "phi3v-train"} <= record["packages"].keys()
     assert record["variables"]["NCCL_DEBUG"] == "WARN"
     assert "secret" not in json.dumps(record)
+    assert "noise" not in json.dumps(record)
+    assert record["processes"] == 1
     assert record["cores"] >= 1
 
 

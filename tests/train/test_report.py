@@ -1,3 +1,4 @@
+import base64
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -48,6 +49,21 @@ class Page(HTMLParser):
         return sum(name in (attrs.get("class") or "").split() for _, attrs in self.tags)
 
 
+def test_the_curve_of_the_score_has_what_was_measured_before_and_after_the_run(
+    tmp_path: Path,
+) -> None:
+    answers = {"before": predictions(9, wrong=range(6)), "after": predictions(9)}
+    lines = [log_line(step) for step in range(1, 101)]
+    run = write_run(tmp_path / "run", lines=lines, evaluations=answers)
+    (score,) = re.findall(
+        r'src="data:image/svg\+xml;base64,([^"]*)" alt="score by step"',
+        write_report(run).path.read_text(),
+    )
+    svg = base64.b64decode(score).decode()
+    (line,) = re.findall(r' d="([^"]*)"[^>]*stroke: #4f46e5; stroke-width', svg)
+    assert len(re.findall("[ML]", line)) == 2
+
+
 def test_a_report_shows_how_far_the_run_is_and_what_it_reached(
     shards: Path, tmp_path: Path
 ) -> None:
@@ -61,20 +77,32 @@ def test_a_report_shows_how_far_the_run_is_and_what_it_reached(
             "after": predictions(9, wrong=[4]),
             "step-00000040": predictions(9, wrong=[4, 5]),
         },
-        attempts=[{"started": "2026-01-31", "start_step": 0, "packages": {"torch": "2.11.0"}}],
+        attempts=[
+            {
+                "started": "2026-01-31T12:00:00+01:00",
+                "start_step": 0,
+                "packages": {"torch": "2.11.0"},
+            }
+        ],
     )
     written = write_report(run)
     assert (written.path, written.notes) == (run / "report.html", ())
     page = Page(written.path)
     for part in ("60 of 100 steps", "33.3% → 88.9%", "1.2500", "41,000", "46.0%", "1m30s"):
         assert part in page.text, part
-    for part in ("torch 2.11.0", "models/tiny", "step-00000040", "accuracy 0.7778"):
+    for part in (
+        "2026-01-31 11:00 UTC",
+        "torch 2.11.0",
+        "models/tiny",
+        "after step 40",
+        "accuracy 0.7778",
+    ):
         assert part in page.text, part
     assert page.with_class("card") == 9
     assert (page.with_class("right"), page.with_class("wrong")) == (8, 1)
     pictures = [attrs["src"] or "" for tag, attrs in page.tags if tag == "img"]
     assert sum(src.startswith("data:image/webp;base64,") for src in pictures) == 18
-    assert sum(src.startswith("data:image/svg+xml;base64,") for src in pictures) == 8
+    assert sum(src.startswith("data:image/svg+xml;base64,") for src in pictures) == 9
     assert "Which sport, 4?" in page.text
     for label in (*CLASSES, "something else"):
         assert label in page.text

@@ -81,7 +81,7 @@ def test_curves_and_pictures_are_drawn(browser: Chromium, page: Path, tmp_path: 
     browser.open(page)
     browser.wait_for("[...document.images].every((i) => i.complete)")
     assert browser.evaluate("[...document.images].filter((i) => !i.naturalWidth).length") == 0
-    assert browser.evaluate("document.querySelectorAll('.curve img').length") == 8
+    assert browser.evaluate("document.querySelectorAll('.curve img').length") == 9
     assert browser.evaluate("document.querySelectorAll('.card img').length") == 60
     shot = keep(browser, "top.png", tmp_path)
     line = (79, 70, 229)

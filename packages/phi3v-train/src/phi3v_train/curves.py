@@ -4,7 +4,7 @@
         curve.title, curve.light, curve.dark       # "loss", "<?xml ...<svg ...", the same, dark
 
 A picture for each group of numbers that the run has: loss, score, learning rate, gradient norm,
-tokens and images per second, data wait and MFU, memory. Text stays text, and the same numbers give
+tokens and images per second, data wait, MFU, memory. Text stays text, and the same numbers give
 the same bytes.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 MOST_POINTS = 600
@@ -64,9 +65,10 @@ def draw_curves(
 
     Args:
         lines: of `log.jsonl`.
-        history: of `eval/history.jsonl`.
+        history: of `eval/history.jsonl`; perhaps with scores that were measured beside it.
     """
     scores = sorted({name for point in history for name in point} - {"step", "loss"})
+    last = max([1, *(point["step"] for point in (*lines, *history))])
     groups: list[tuple[str, list[_Series], float]] = [
         ("loss per label token", [
             *_series(lines, "loss", "training"),
@@ -77,16 +79,14 @@ def draw_curves(
         ("gradient norm before clipping", _series(lines, "grad_norm", "gradient norm"), 1),
         ("tokens a second", _series(lines, "tokens_per_second", "tokens"), 1),
         ("images a second", _series(lines, "images_per_second", "images"), 1),
-        ("share of the time, %", [
-            *_series(lines, "data_wait", "waiting for data"),
-            *_series(lines, "mfu", "MFU"),
-        ], 100),
+        ("time waiting for data, %", _series(lines, "data_wait", "waiting for data"), 100),
+        ("MFU, %", _series(lines, "mfu", "MFU"), 100),
         ("memory, GiB", _series(lines, "memory_gib", "peak"), 1),
     ]  # fmt: skip
     curves: list[Curve] = []
     for title, series, factor in groups:
         if series:
-            svg = _draw(series, factor)
+            svg = _draw(series, factor, last, is_share=title == "score")
             curves.append(Curve(title, svg, _darkened(svg)))
     return curves
 
@@ -128,7 +128,7 @@ def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
 
 
-def _draw(series: Sequence[_Series], factor: float) -> str:
+def _draw(series: Sequence[_Series], factor: float, last: int, *, is_share: bool) -> str:
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "phi3v",
@@ -160,6 +160,10 @@ def _draw(series: Sequence[_Series], factor: float) -> str:
         axes.grid(visible=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("step")
+        axes.set_xlim(-0.02 * last, 1.02 * last)  # the same steps below each other
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if is_share:
+            axes.set_ylim(-0.03, 1.03)
         if len(series) > 1:
             axes.legend(loc="best")
         buffer = io.StringIO()

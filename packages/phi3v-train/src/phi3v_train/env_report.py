@@ -8,9 +8,9 @@
 `env.json` has one entry per attempt, the first first: a run that went on elsewhere shows both.
 
     {"attempts": [{"started": "2026-01-31T12:00:00+00:00", "start_step": 0, "command": [...],
-                   "python": "3.12.11", "platform": "Linux-6.8...", "host": "node-1", "cores": 16,
-                   "packages": {"torch": "2.11.0", ...}, "cuda": "12.8", "gpus": [...],
-                   "variables": {"CUDA_VISIBLE_DEVICES": "0,1"}}]}
+                   "python": "3.12.11", "platform": "Linux-6.8...", "host": "node-1",
+                   "processes": 8, "cores": 16, "packages": {"torch": "2.11.0", ...},
+                   "cuda": "12.8", "gpus": [...], "variables": {"CUDA_VISIBLE_DEVICES": "0,1"}}]}
 """
 
 import importlib.metadata
@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from phi3v_data.atomic import write_atomic
 
+from phi3v_train.rank_place import rank_place
+
 PACKAGES = (
     "phi3v-train", "phi3v-data", "torch", "transformers", "peft", "accelerate", "bitsandbytes",
     "deepspeed", "flash-attn", "triton", "safetensors", "tokenizers", "numpy", "pillow", "pyarrow",
@@ -34,6 +36,9 @@ PACKAGES = (
 VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "SLURM_JOB", "HF_HUB_OFFLINE", "DS_")
 """Beginnings of the names of variables that are recorded; nothing else of the environment is."""
 
+LAUNCHER = ("TORCHELASTIC_", "TORCH_ELASTIC_")
+"""Of the launcher to its processes: the same for every run."""
+
 
 def environment() -> dict[str, Any]:
     """What this process runs in, as JSON would have it."""
@@ -41,12 +46,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
+        "processes": rank_place(os.environ).world_size,
         "cores": len(os.sched_getaffinity(0)),
         "packages": package_versions(),
         "cuda": torch.version.cuda,
         "gpus": _gpus(),
         "variables": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(VARIABLES) and not name.startswith(LAUNCHER)
         },
     }
 

@@ -17,6 +17,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -109,11 +110,20 @@ def _head(run: Run) -> str:
     name = str(method.get("name", "")) if isinstance(method, Mapping) else ""
     words = [state, name, f"from {run.config.get('model', '?')}"]
     if run.attempts:
-        words.append(f"begun {run.attempts[0].get('started', '?')}")
+        words.append(f"begun {_moment(run.attempts[0])}")
         if len(run.attempts) > 1:
             words.append(f"{len(run.attempts)} attempts")
     shown = " · ".join(escape(word) for word in words if word)
     return f'<h1>{escape(run.folder.resolve().name)}</h1>\n<p class="state">{shown}</p>'
+
+
+def _moment(attempt: Mapping[str, Any]) -> str:
+    """`2026-01-31 12:00 UTC`; what is no time as it is."""
+    text = str(attempt.get("started", "?"))
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return text
 
 
 def _tiles(run: Run) -> str:
@@ -144,7 +154,7 @@ def _tiles(run: Run) -> str:
         memory = [line["memory_gib"] for line in run.lines if line.get("memory_gib") is not None]
         if memory:
             tiles.append(("peak memory", f"{max(memory):.1f} GiB"))
-        tiles.append(("in the last attempt", as_duration(float(run.lines[-1]["seconds"]))))
+        tiles.append(("of training, last attempt", as_duration(float(run.lines[-1]["seconds"]))))
     cells = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(title)}</span></div>'
         for title, value in tiles
@@ -169,7 +179,7 @@ def _number(value: Any, form: str) -> str:
 
 
 def _curves(run: Run) -> list[str]:
-    curves = draw_curves(run.lines, run.history)
+    curves = draw_curves(run.lines, _measured(run))
     if not curves:
         return []
     figures = "".join(
@@ -180,6 +190,17 @@ def _curves(run: Run) -> list[str]:
         for curve in curves
     )
     return [f'<h2>Curves</h2><div class="curves">{figures}</div>']
+
+
+def _measured(run: Run) -> list[dict[str, Any]]:
+    """The history, and the scores before and after the run, by step."""
+    points = {point["step"]: dict(point) for point in run.history}
+    for evaluation in run.evaluations:
+        metric, score = _score(evaluation)
+        step = evaluation.step if evaluation.step is not None else run.step
+        if score is not None:
+            points.setdefault(step, {"step": step}).setdefault(metric, score)
+    return [points[step] for step in sorted(points)]
 
 
 def _svg_url(svg: str) -> str:
@@ -198,7 +219,7 @@ def _evaluations(run: Run) -> list[str]:
         right = sum(p.correct is True for p in evaluation.predictions)
         rows.append(
             (
-                evaluation.name,
+                _when(evaluation),
                 f"{metric} {_number(score, '.4f')}",
                 _number(measured.get(step, {}).get("loss"), ".4f"),
                 f"{right:,}",
@@ -209,6 +230,14 @@ def _evaluations(run: Run) -> list[str]:
         return []
     titles = ("evaluation", "score", "loss", "right", "of")
     return [f'<h2>Evaluations</h2><div class="panel">{_table(titles, rows)}</div>']
+
+
+def _when(evaluation: Evaluation) -> str:
+    """`before training`, `after step 20`, `after training`."""
+    if evaluation.step:
+        return f"after step {evaluation.step:,}"
+    known = {"before": "before training", "after": "after training"}
+    return known.get(evaluation.name, evaluation.name)
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -227,7 +256,7 @@ def _gallery(run: Run, notes: list[str]) -> list[str]:
     data = run.config.get("data")
     shards = data.get("eval") if isinstance(data, Mapping) else None
     items, problem = choose_answers(last, None if shards is None else str(shards), before)
-    parts = [f"<h2>Answers: {escape(last.name)}</h2>"]
+    parts = [f"<h2>Answers {escape(_when(last))}</h2>"]
     if problem:
         notes.append(f"no pictures: {problem}")
         parts.append(f'<p class="note">No pictures: {escape(problem)}</p>')
@@ -312,7 +341,7 @@ def _matrix(run: Run) -> list[str]:
     if not is_classification(by_class) or len(by_class) < 2:
         return []
     matrix = confusion(by_class)
-    parts = [f"<h2>Confusion matrix: {escape(last.name)}</h2>"]
+    parts = [f"<h2>Confusion matrix {escape(_when(last))}</h2>"]
     if len(matrix.labels) <= MOST_CLASSES:
         parts.append(f'<div class="panel">{_matrix_table(matrix)}</div>')
     rows = [
@@ -379,9 +408,10 @@ def _setup(run: Run) -> str:
     parts = ["<h2>Set-up</h2>"]
     for number, attempt in enumerate(run.attempts, start=1):
         rows = [
-            ("started", str(attempt.get("started", ""))),
+            ("started", _moment(attempt)),
             ("from step", str(attempt.get("start_step", ""))),
             ("devices", _gpus(attempt)),
+            ("processes", str(attempt.get("processes", ""))),
             ("python", str(attempt.get("python", ""))),
             ("platform", str(attempt.get("platform", ""))),
             ("packages", _pairs(attempt.get("packages"))),
