@@ -138,6 +138,17 @@ def test_settings_that_need_one_another_are_checked(overrides: list[str], messag
         load_config(None, ["model=m", "output_dir=o", "data.train=d", *overrides])
 
 
+def test_eval_starts_no_processes_inside_one_of_many(
+    toy: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    words = ["eval", "--model", str(toy[0]), "--data", str(toy[1]), "--nproc", "2"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 1
+    assert "--nproc 2 inside a process that torchrun started; leave --nproc out" in result.output
+
+
 # --- two processes --------------------------------------------------------------------------------
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")

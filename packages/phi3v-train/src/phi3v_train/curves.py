@@ -26,6 +26,12 @@ MOST_POINTS = 600
 SMOOTH_FROM = 40
 """Points from which the loss gets a smoothed line over the measured one."""
 
+FROM_ZERO = (
+    *("score", "tokens a second", "images a second"),
+    *("time waiting for data, %", "MFU, %", "memory, GiB"),
+)
+"""Pictures whose vertical axis starts at zero."""
+
 _INK = "#5f5b53"
 _GRID = "#e5e2db"
 _COLORS = ("#4f46e5", "#d97706", "#0d9488")
@@ -86,7 +92,8 @@ def draw_curves(
     curves: list[Curve] = []
     for title, series, factor in groups:
         if series:
-            svg = _draw(series, factor, last, is_share=title == "score")
+            top = 1.03 if title == "score" else None
+            svg = _draw(series, factor, last, from_zero=title in FROM_ZERO, top=top)
             curves.append(Curve(title, svg, _darkened(svg)))
     return curves
 
@@ -128,7 +135,9 @@ def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1)
 
 
-def _draw(series: Sequence[_Series], factor: float, last: int, *, is_share: bool) -> str:
+def _draw(
+    series: Sequence[_Series], factor: float, last: int, *, from_zero: bool, top: float | None
+) -> str:
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "phi3v",
@@ -162,8 +171,9 @@ def _draw(series: Sequence[_Series], factor: float, last: int, *, is_share: bool
         axes.set_xlabel("step")
         axes.set_xlim(-0.02 * last, 1.02 * last)  # the same steps below each other
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        if is_share:
-            axes.set_ylim(-0.03, 1.03)
+        if from_zero:  # where the whole tells more than small changes
+            highest = max(float(one.values.max()) for one in series) * factor
+            axes.set_ylim(0, top or 1.08 * highest or 1)
         if len(series) > 1:
             axes.legend(loc="best")
         buffer = io.StringIO()
