@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from phi3v_train.bench import FORMULA, made_up_rows, model_sizes
+from phi3v_train.bench import FORMULA, made_up_rows, model_sizes, random_training
 from phi3v_train.cli import main
 from phi3v_train.config import load_config
 from phi3v_train.flops import Work, training_flops
@@ -65,6 +65,20 @@ def test_a_row_that_holds_no_sample_is_refused_with_its_length():
     assert done.exit_code == 1
     assert "a sample with one image of 16 crops has" in done.output
     assert "got rows of 400" in done.output
+
+
+@pytest.mark.parametrize(
+    ("method", "is_shared", "place"),
+    [("full", False, "meta"), ("full", True, "cpu"), ("qlora", False, "cpu")],
+)
+def test_weights_are_born_on_the_device_unless_it_is_not_to_hold_them_whole(
+    method: str, is_shared: bool, place: str
+) -> None:
+    # the meta device stands for a GPU: what is born there takes no memory of this machine
+    sizes = model_sizes(config().model)
+    wanted = config(f"method.name={method}", "method.lora.rank=4")
+    training = random_training(sizes, wanted, "fp32", torch.device("meta"), is_shared=is_shared)
+    assert training.model.model.embed_tokens.weight.device.type == place
 
 
 def test_a_model_that_is_neither_a_folder_nor_a_known_word_is_named():

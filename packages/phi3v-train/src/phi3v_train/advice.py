@@ -9,7 +9,8 @@
 As the cookbook's guide has it: GPUs of a data centre fine-tune all weights, in bf16 with flash
 attention where there is one (V100: fp16 without); others train adapters, 4-bit ones where the plain
 ones don't fit. An option is a method under an engine in the fastest setting that fits: rows as long
-as the configuration's or half, a quarter ... of that, activations kept or computed again.
+as the configuration's or half, a quarter ... of that, activations kept or computed again; or in the
+configuration's own setting, where that is what was asked.
 """
 
 import shlex
@@ -121,6 +122,7 @@ def weigh(
     workload: Workload,
     *,
     efficiency: float | None = None,
+    as_is: bool = False,
 ) -> list[Option]:
     """Every method under every engine that makes sense on some GPUs.
 
@@ -130,15 +132,20 @@ def weigh(
         hardware: the GPUs.
         workload: what is trained on.
         efficiency: share of the peak; none: the GPU's assumed one.
+        as_is: rows and recomputing only as the configuration has them.
     """
+    rows = _row_lengths(config, workload)
+    recomputing = (False, True)
+    if as_is:
+        rows, recomputing = rows[:1], (config.method.gradient_checkpointing,)
     options: list[Option] = []
     for name, method in _methods(config).items():
         for engine, offload in _engines(method, hardware, config):
             settings = [
                 _option(config, model_config, hardware, workload, name, method, engine, offload,
                         recompute, row, efficiency)
-                for row in _row_lengths(config, workload)
-                for recompute in (False, True)
+                for row in rows
+                for recompute in recomputing
             ]  # fmt: skip
             fitting = [option for option in settings if option.fits]
             if fitting:
@@ -313,7 +320,9 @@ def command(
     words += option.overrides
     here = min(hardware.num_gpus, hardware.gpus_per_machine)
     if hardware.num_gpus > here:
+        # the same on every machine but for its number
         words += ["--nnodes", str(hardware.num_gpus // here)]
+        words += ["--node_rank", "NODE", "--rdzv_endpoint", "HOST:PORT"]
     if here > 1:
         words += ["--nproc", str(here)]
     return shlex.join(words)

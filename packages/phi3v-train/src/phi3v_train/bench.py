@@ -132,7 +132,13 @@ def _run(config: TrainConfig, world: World, num_steps: int, num_warmup: int) -> 
     model_config = model_sizes(config.model)
     precision = choose_precision(config.precision, world.device)
     parallel = choose_engine(config, model_config, precision, world)
-    training = random_training(model_config, config, precision, world.device)
+    training = random_training(
+        model_config,
+        config,
+        precision,
+        world.device,
+        is_shared=parallel.engine not in ("single", "ddp"),
+    )
     engine = make_engine(
         parallel,
         training,
@@ -246,12 +252,24 @@ def model_sizes(model: Path) -> Phi3VConfig:
 
 
 def random_training(
-    model_config: Phi3VConfig, config: TrainConfig, precision: Precision, device: torch.device
+    model_config: Phi3VConfig,
+    config: TrainConfig,
+    precision: Precision,
+    device: torch.device,
+    *,
+    is_shared: bool,
 ) -> TrainingModel:
     """A model of these sizes with random weights, ready to train as the configuration says.
 
-    Weights of full training are born where they train, in float32; those under adapters in the
-    precision of computing, on the host where they are to be made 4-bit.
+    Weights of full training are float32, those under adapters in the precision of computing. They
+    are born on the device, or on the host where a device is not to hold all of them at once.
+
+    Args:
+        model_config: sizes.
+        config: its method and seed count.
+        precision: of computing.
+        device: where it trains.
+        is_shared: the engine gives every device a share of the weights.
     """
     method = config.method
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -259,8 +277,7 @@ def random_training(
     with torch.device("meta"):
         model = Phi3VForCausalLM(model_config)
     nn.Module.to(model, dtype=dtype if method.has_adapters else torch.float32)
-    on_host = method.name == "qlora" or config.parallel.engine in ("fsdp2", "zero3")
-    model.to_empty(device="cpu" if on_host else device)
+    model.to_empty(device="cpu" if is_shared or method.name == "qlora" else device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -72,6 +72,7 @@ def make_report(
     num_gpus: int | None = None,
     num_machines: int = 1,
     efficiency: float | None = None,
+    as_is: bool = False,
 ) -> EstimateReport:
     """Estimate a configuration on named hardware.
 
@@ -83,6 +84,7 @@ def make_report(
         num_gpus: in a machine; none: 1, or what the machine has.
         num_machines: of that kind.
         efficiency: share of the peak while computing; none: the GPU's assumed one.
+        as_is: rows and recomputing only as the configuration has them.
 
     Raises:
         ValueError: a configuration that can't be used, or hardware that isn't known.
@@ -94,9 +96,11 @@ def make_report(
 
         model_config, model = read_model_config(config.model), str(config.model)
     else:
-        model_config, model = Phi3VConfig(), f"Phi-3.5-vision ({config.model} is not there)"
+        named = any(word.startswith("model=") for word in overrides) or config_path is not None
+        absent = f"; {config.model} has no config.json" if named else ""
+        model_config, model = Phi3VConfig(), f"the sizes of Phi-3.5-vision{absent}"
     workload = _workload(config, hardware.num_gpus)
-    options = weigh(config, model_config, hardware, workload, efficiency=efficiency)
+    options = weigh(config, model_config, hardware, workload, efficiency=efficiency, as_is=as_is)
     advice = recommend(options, hardware)
     best = advice.option
     return EstimateReport(

@@ -96,7 +96,10 @@ def data_overrides(flags: RecipeFlags, num_crops: int | None, say: Say) -> tuple
         )
         ask = _first_turns if defaults.asks_first_turn else None
         part = "first-turns" if ask else ""
-        eval_shards = sharded(held_out, num_crops=crops, choose=ask, part=part, say=say)
+        # A test split may have no answers: the trainer says what to do with it.
+        eval_shards = sharded(
+            held_out, num_crops=crops, choose=ask, part=part, allow_missing_answer=True, say=say
+        )
     else:
         count = defaults.held_out
         if count is None:
