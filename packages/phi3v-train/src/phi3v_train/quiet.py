@@ -6,7 +6,6 @@
 What they would say elsewhere, they still say: nothing is switched off for longer than the block.
 """
 
-import logging as python_logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,34 +14,22 @@ from typing import Any
 
 from transformers.utils import logging
 
-_DEEPSPEED_LOOKS = "Setting accelerator to CPU"
-"""Said on standard output where transformers imports DeepSpeed on a machine without a GPU."""
-
 
 @contextmanager
 def quiet(*warning_starts: str) -> Iterator[None]:
     """Inside the block transformers shows no progress bars, and some warnings are left out.
 
-    DeepSpeed, which transformers imports to save a model, doesn't say that it found no GPU.
-
     Args:
         warning_starts: how the messages begin that are left out; all others are shown.
     """
     previous = logging.set_tqdm_hook(_without_bar)
-    deepspeed = python_logging.getLogger("DeepSpeed")
-    deepspeed.addFilter(_is_wanted)
     try:
         with warnings.catch_warnings():
             for start in warning_starts:
                 warnings.filterwarnings("ignore", message=re.escape(start))
             yield
     finally:
-        deepspeed.removeFilter(_is_wanted)
         logging.set_tqdm_hook(previous)
-
-
-def _is_wanted(record: python_logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_DEEPSPEED_LOOKS)
 
 
 def _without_bar(
