@@ -107,7 +107,7 @@ def init_tiny_command(out_dir: Path, seed: int) -> None:
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="With --nproc: times to start again, from the newest checkpoint, after a process failed.",
+    help="Times to start again, from the newest checkpoint, after a process failed.",
 )
 @click.option("--resume", is_flag=True, help="Refuse to start without a checkpoint to go on from.")
 @click.option("--overwrite", is_flag=True, help="Remove an earlier run in output_dir, start anew.")
@@ -345,9 +345,11 @@ def eval_command(
     if anls is not None and metric == "accuracy":
         raise click.UsageError("--anls is the variant of another score than --metric accuracy")
     if data.suffix == ".jsonl":
+        from phi3v_train.answering_model import NUM_CROPS, find_answering_model
         from phi3v_train.sharded_jsonl import sharded
 
-        data = sharded(data, num_crops=num_crops or 16, allow_missing_answer=True, say=_say)
+        crops = num_crops or find_answering_model(model, adapter).num_crops or NUM_CROPS
+        data = sharded(data, num_crops=crops, allow_missing_answer=True, say=_say)
     if nproc is not None and nproc > 1:
         from phi3v_train.eval_processes import run_eval_processes
 
