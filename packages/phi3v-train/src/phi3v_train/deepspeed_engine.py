@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from phi3v_train.collator import Batch
@@ -139,6 +140,15 @@ class DeepSpeedEngine:
         """
         from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
+        writers = len(list((folder / _TAG).glob("*_optim_states.pt")))  # one of each process
+        if writers == 0:
+            raise ValueError(f"{folder} cannot be read: it has no files of DeepSpeed in {_TAG}/")
+        if writers != self.world.world_size:
+            raise ValueError(
+                f"{folder} cannot be read: its files were written by {writers} processes, and "
+                f"{self.world.world_size} would read them, which DeepSpeed cannot; go on with "
+                f"{writers}"
+            )
         try:
             with _quiet_deepspeed():
                 path, _ = self._engine.load_checkpoint(
@@ -147,11 +157,11 @@ class DeepSpeedEngine:
         except (ZeRORuntimeException, OSError, EOFError, KeyError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__} {error}".split())
             raise ValueError(
-                f"{folder} cannot be read: {reason}; DeepSpeed's files are for as many processes "
-                "and the same stage as wrote them"
+                f"{folder} cannot be read: {reason}; DeepSpeed's files are for the stage that "
+                "wrote them"
             ) from error
         if path is None:
-            raise ValueError(f"{folder} cannot be read: it has no files of DeepSpeed in {_TAG}/")
+            raise ValueError(f"{folder} cannot be read: DeepSpeed finds no files of its own in it")
 
 
 def _watch_gradients(training: TrainingModel) -> set[str]:
@@ -206,11 +216,23 @@ def _import_deepspeed(world: World) -> Any:
     world.join_group()
     import deepspeed
     from deepspeed import ops
+    from deepspeed.utils import groups
 
+    # DeepSpeed remembers its copy of the group of this process's last run, which that run has left.
+    if not _is_alive(groups._WORLD_GROUP):
+        groups._WORLD_GROUP = None
     # Sums over shared memory on CPUs: an op to build, where gloo does as well.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def _is_alive(group: Any) -> bool:
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        return False
+    return True
 
 
 def _fuse(optimizer: torch.optim.Optimizer) -> None:

@@ -17,17 +17,22 @@ sum; they are joined in the last backward pass of a step only, where the engine 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from phi3v_train.collator import Batch
 from phi3v_train.methods import TrainingModel
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
 from phi3v_train.rank_place import rank_place
+
+_MEETING_TIME = timedelta(minutes=30)
+"""In which all processes must have come; torch's own default for gloo."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,8 @@ class World:
     rank: int
     world_size: int
     device: torch.device
+    owns_group: bool = True
+    """Whether `leave` ends the process group; not one that was there before."""
 
     @property
     def is_main(self) -> bool:
@@ -81,13 +88,16 @@ class World:
             )
 
     def leave(self) -> None:
-        """Leave the process group, if there is one."""
-        if dist.is_initialized():
+        """Leave the process group, if there is one of our own."""
+        if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def join_world(device: str = "auto") -> World:
     """Find out who we are and, with several processes, join the others.
+
+    A process group that is there already is used, and left to whoever made it: one group can do
+    many runs.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
@@ -109,15 +119,29 @@ def join_world(device: str = "auto") -> World:
             )
         chosen = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(chosen)
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size(), chosen, owns_group=False)
     if place.world_size > 1:
         os.environ.update(place.rendezvous)
         dist.init_process_group(
             _backend(chosen),
+            store=_own_store(place.rank, place.world_size),
             rank=place.rank,
             world_size=place.world_size,
             device_id=chosen if use_cuda else None,
         )
     return World(place.rank, place.world_size, chosen)
+
+
+def _own_store(rank: int, world_size: int) -> Any:
+    """The store where the processes meet, as if no earlier group of theirs had been there.
+
+    torchrun's outlives a group. The next one would read addresses that the last one left, call
+    where nobody listens any more, and wait for ever.
+    """
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=_MEETING_TIME))
+    number = store.add(f"groups of process {rank}", 1)
+    return dist.PrefixStore(f"group {number}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _backend(device: torch.device) -> str:

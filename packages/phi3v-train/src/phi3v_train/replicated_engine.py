@@ -17,6 +17,7 @@ from phi3v_train.collator import Batch
 from phi3v_train.engine import BuildOptimizer, PackedLoss, StateFormat, World
 from phi3v_train.engine_state import load_state, save_state
 from phi3v_train.methods import TrainingModel, move
+from phi3v_train.quiet import quiet
 
 
 class ReplicatedEngine:
@@ -46,12 +47,15 @@ class ReplicatedEngine:
         move(training.model, world.device)
         self.module: nn.Module = PackedLoss(training.model)
         if world.world_size > 1:
-            self.module = DistributedDataParallel(
-                self.module,
-                device_ids=[world.device.index] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            with quiet(
+                "`broadcast_buffers` is deprecated"
+            ):  # its successor is newer than torch 2.11
+                self.module = DistributedDataParallel(
+                    self.module,
+                    device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                )
         self.optimizer = build_optimizer(training.trainable)
         # Gradients of a float16 loss would vanish; scaled up they survive.
         self.scaler = torch.amp.GradScaler(

@@ -113,6 +113,8 @@ class ShardedEngine:
             moved = share.to(self.world.device)
             assert isinstance(moved, DTensor)
             tensor = moved.full_tensor()
+            if tensor.nbytes != tensor.untyped_storage().nbytes():
+                tensor = tensor.clone()  # shares of one length were put together, and then cut
             weights[name] = tensor if dtype is None else tensor.to(dtype)
         return filled(self._skeleton, weights)
 
