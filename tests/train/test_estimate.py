@@ -1,3 +1,4 @@
+import io
 import json
 import math
 
@@ -9,12 +10,14 @@ from phi3v_train.cli import main
 from phi3v_train.config import LoraConfig, MethodConfig, load_config
 from phi3v_train.configuration_phi3_v import Phi3VConfig
 from phi3v_train.estimate import GIB, Hardware, activation_bytes, estimate_memory, estimate_speed
+from phi3v_train.estimate_report import make_report, print_report
 from phi3v_train.flops import Work
 from phi3v_train.gpus import GPUS, MACHINES, find_gpu, find_machine
 from phi3v_train.methods import prepare
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
 from phi3v_train.parameter_counts import count_parameters
 from phi3v_train.workload import default_workload, measure_workload
+from rich.console import Console
 
 from tests.train.builders import open_toy, toy_config
 from tests.train.small_models import Prompt, packed_row, small_model
@@ -253,6 +256,32 @@ def test_the_table_shows_every_method_and_marks_what_does_not_fit():
     for words in ("full", "frozen vision", "lora", "qlora", "tight", "recommended", "images/s"):
         assert words in done.stdout or words == "tight"
     assert " no " in done.stdout
+
+
+@pytest.mark.parametrize("width", [80, 110])
+def test_the_table_fits_a_terminal_of_80_columns(width: int) -> None:
+    report = make_report(None, [], gpu="a100-80g", num_gpus=8)
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as capture:
+        print_report(report, console)
+    lines = capture.get().splitlines()
+    table = lines[lines.index("") + 1 :][: len(report.options) + 1]
+    assert all(len(line) <= width for line in table)
+    assert [line.split()[-1][-1] for line in table[1:]] == ["%"] * len(report.options)
+    assert ("activ." in table[0]) == (width == 110)
+
+
+def test_as_is_keeps_rows_and_recomputing_of_the_configuration() -> None:
+    setting = ["data.max_tokens_per_row=16384", "method.gradient_checkpointing=true"]
+    (kept, free) = (
+        {
+            (option.max_tokens_per_row, option.gradient_checkpointing)
+            for option in make_report(None, setting, gpu="h200", as_is=as_is).options
+        }
+        for as_is in (True, False)
+    )
+    assert kept == {(16384, True)}
+    assert len(free) > 1
 
 
 @pytest.mark.parametrize(

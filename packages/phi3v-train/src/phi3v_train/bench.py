@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -370,5 +371,7 @@ def print_bench(result: BenchResult, console: Console) -> None:
         "operations": f"{result.flops_per_step / 1e12:,.3f} TFLOP a step: {result.formula}",
         "versions": ", ".join(f"{name} {value}" for name, value in result.versions.items()),
     }
+    table = Table.grid(padding=(0, 2, 0, 0))
     for name, value in rows.items():
-        console.print(Text(f"{name:<11} {value}"), soft_wrap=True)
+        table.add_row(Text(name), Text(value))
+    console.print(table)

@@ -11,11 +11,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import click
 
 from phi3v_train.recipe_flags import RecipeFlags, with_recipe_flags
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -568,6 +571,12 @@ def export_command(
     click.echo(exported)
 
 
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
 @main.command("estimate")
 @click.argument("arguments", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
 @click.option("--gpu", metavar="KEY", help="Kind of GPU: a100-80g, h100-80g, rtx-4090 ...")
@@ -615,8 +624,6 @@ def estimate_command(
     """
     import json
 
-    from rich.console import Console
-
     from phi3v_train.estimate_report import make_report, print_report
 
     config_path, overrides = _split_arguments(arguments)
@@ -633,7 +640,7 @@ def estimate_command(
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
     else:
-        print_report(report, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+        print_report(report, _console())
     sys.exit(0 if report.advice.option is not None else 1)
 
 
@@ -655,8 +662,6 @@ def doctor_command(as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from phi3v_train.doctor import collect, examine, print_diagnosis
 
     facts = collect()
@@ -665,7 +670,7 @@ def doctor_command(as_json: bool) -> None:
         record = {"facts": asdict(facts), "findings": [asdict(finding) for finding in findings]}
         click.echo(json.dumps(record, indent=2))
     else:
-        print_diagnosis(facts, findings, Console(highlight=False))
+        print_diagnosis(facts, findings, _console())
     sys.exit(1 if any(finding.severity == "error" for finding in findings) else 0)
 
 
@@ -699,8 +704,6 @@ def bench_command(
     """
     import json
 
-    from rich.console import Console
-
     from phi3v_train.bench import print_bench, run_bench
     from phi3v_train.estimate_report import load_without_places
 
@@ -713,7 +716,7 @@ def bench_command(
     if as_json:
         click.echo(json.dumps(result.as_json(), indent=2))
     else:
-        print_bench(result, Console(highlight=False))
+        print_bench(result, _console())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from phi3v_train.gpus import OLDER_GPUS, OLDEST
@@ -368,16 +369,24 @@ def print_diagnosis(facts: Facts, findings: Sequence[Finding], console: Console)
         "open files": str(facts.open_files),
         "packages": ", ".join(f"{name} {version}" for name, version in facts.packages.items()),
         "tools": ", ".join(f"{name}: {path or 'none'}" for name, path in facts.tools.items()),
-        "variables": ", ".join(f"{name}={value}" for name, value in facts.variables.items()),
+        "variables": ", ".join(f"{name}={value}" for name, value in facts.variables.items())
+        or "none that change how torch runs",
     }
-    for name, value in rows.items():
-        console.print(Text(f"{name:<14} {value}"), soft_wrap=True)
+    console.print(_labelled([(Text(name), Text(value)) for name, value in rows.items()]))
     console.print()
     colours: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan"}
+    lines: list[tuple[Text, Text]] = []
     for finding in findings:
-        line = Text(f"{finding.severity:<8} ", style=colours[finding.severity])
-        line.append(finding.what, style="default")
-        console.print(line, soft_wrap=True)
-        console.print(Text(f"         {finding.way_out}"), soft_wrap=True)
+        label = Text(finding.severity, style=colours[finding.severity])
+        lines += [(label, Text(finding.what)), (Text(), Text(finding.way_out, style="dim"))]
+    console.print(_labelled(lines))
     if not any(finding.severity == "error" for finding in findings):
         console.print(Text("nothing here stops training"))
+
+
+def _labelled(lines: Sequence[tuple[Text, Text]]) -> Table:
+    """Two columns; what is too long for the second goes on below itself."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for line in lines:
+        table.add_row(*line)
+    return table

@@ -24,6 +24,9 @@ from phi3v_train.estimate import GIB, Hardware, rows_per_step
 from phi3v_train.gpus import find_gpu, find_machine
 from phi3v_train.workload import Workload, default_workload, measure_workload
 
+WIDE = 110
+"""Columns of a terminal from which on the parts of the memory are shown too."""
+
 _PLACES = ("model", "output_dir", "data.train")
 
 
@@ -184,16 +187,18 @@ def print_report(report: EstimateReport, console: Console) -> None:
         )
     )
     console.print()
+    is_wide = console.width >= WIDE
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("method", "engine", "row", "recompute"):
+    for name in ("method", "engine", "row", "recompute" if is_wide else "again"):
         table.add_column(name)
-    for name in ("state", "activ.", "other", "GiB/GPU"):
+    for name in ("state", "activ.", "other", "GiB/GPU") if is_wide else ("GiB",):
         table.add_column(name, justify="right")
     table.add_column("fits")
-    table.add_column("images/s", justify="right")
+    table.add_column("images/s" if is_wide else "img/s", justify="right")
     table.add_column("MFU", justify="right")
     for option in report.options:
-        table.add_row(*_cells(option), style="bold" if option == report.advice.option else None)
+        style = "bold" if option == report.advice.option else None
+        table.add_row(*_cells(option, is_wide=is_wide), style=style)
     console.print(table)
     console.print()
     for reason in report.advice.reasons:
@@ -204,7 +209,7 @@ def print_report(report: EstimateReport, console: Console) -> None:
         console.print(Text(f"  {report.command}"), soft_wrap=True)
 
 
-def _cells(option: Option) -> list[str]:
+def _cells(option: Option, *, is_wide: bool) -> list[str]:
     memory = option.memory
     state = memory.weights + memory.gradients + memory.optimizer
     other = memory.working + memory.logits + memory.margin
@@ -212,12 +217,13 @@ def _cells(option: Option) -> list[str]:
         option.engine + {"none": "", "optimizer": " + host", "all": " + host, all"}[option.offload]
     )
     speed = option.speed
+    sizes = (state, memory.activations, other, memory.total) if is_wide else (memory.total,)
     return [
         option.method,
         engine,
         f"{option.max_tokens_per_row:,}",
         "yes" if option.gradient_checkpointing else "no",
-        *(f"{size / GIB:.1f}" for size in (state, memory.activations, other, memory.total)),
+        *(f"{size / GIB:.1f}" for size in sizes),
         option.fit,
         f"{speed.images_per_second:.1f}" if option.fits else "-",
         f"{speed.mfu:.0%}" if option.fits else "-",
