@@ -140,3 +140,23 @@ def test_wandb_that_is_not_installed_is_said_before_the_run(
     config = toy_config(Path("m"), Path("s"), tmp_path, "log.wandb=project")
     with pytest.raises(ValueError, match=r"phi3v-train\[wandb\]"):
         check_log(config)
+
+
+def test_wandb_offline_keeps_the_numbers_and_a_run_that_goes_on_keeps_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="needs the extra phi3v-train[wandb]")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    config = toy_config(Path("m"), Path("s"), tmp_path, "log.wandb=project")
+    for start in (0, 10):
+        (sink,) = open_sinks(config, start=start)
+        with open_log(tmp_path, start=start, sinks=(sink,)) as log:
+            log.line(replace(LINE, step=start + 10, loss=1.25))
+        sink.close()
+    files = sorted((tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
+    run_id = (tmp_path / "logs" / "wandb-id").read_text().strip()
+    assert {file.name for file in files} == {f"run-{run_id}.wandb"}
+    kept = b"".join(file.read_bytes() for file in files)
+    for part in (b"project", b"train/loss", b"1.25"):
+        assert part in kept
