@@ -48,7 +48,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ from phi3v_data.converters.clip_folders import EXTENSIONS, ClipFolders
 from phi3v_data.video import frame_indices, read_frames
 from PIL import Image
 from ratios import Ratio, ratio
+from results import json_option, show_results
 
 TESTDATA = Path(__file__).resolve().parents[2] / "shared" / "testdata"
 
@@ -510,9 +511,7 @@ def restart_with_ffmpeg() -> None:
     "--peer", "peers", type=click.Choice(list(PEERS)), multiple=True, help="Only these; repeatable."
 )
 @click.option("--made", is_flag=True, help="Use clips made by this script.")
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Also write results here."
-)
+@json_option
 @click.option(
     "--scratch",
     "scratch_folder",
@@ -558,11 +557,7 @@ def main(
             results = measure(clips, others, chosen, rounds, copies, scratch)
         except ValueError as error:
             raise click.ClickException(str(error)) from error
-    click.echo(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
-    click.echo("\n".join(table(results)))
-    if json_file is not None:
-        content = {**about, "results": [asdict(result) for result in results]}
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+    show_results(about, table(results), results, json_file)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,12 @@ passed: on a machine that others use too, believe `cpu`.
 """
 
 import io
-import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from phi3v_train.hd_transform import CROP, IMAGE_MEAN, IMAGE_STD, hd_crops, hd_l
 from phi3v_train.modeling_phi3_v import normalize_views
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 from ratios import Ratio, ratio
+from results import json_option, show_results
 from torch import Tensor
 
 TOLERANCE = 2e-6
@@ -289,9 +289,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=41, help="Times every side is measured.")
 @click.option("--cases", type=click.IntRange(1), default=len(CASES), help="Only the first so many.")
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Also write results here."
-)
+@json_option
 def main(rounds: int, cases: int, json_file: Path | None) -> None:
     """Encoding an image for training: the published processor's steps against ours."""
     about = machine() | {"rounds": rounds}
@@ -300,11 +298,7 @@ def main(rounds: int, cases: int, json_file: Path | None) -> None:
             results = [measure(case, rounds) for case in CASES[:cases]]
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
-    click.echo("\n".join(table(results)))
-    if json_file is not None:
-        content = {**about, "results": [asdict(result) for result in results]}
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+    show_results(about, table(results), results, json_file)
 
 
 if __name__ == "__main__":

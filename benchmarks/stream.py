@@ -33,13 +33,12 @@ are compared.
 
 import importlib.util
 import itertools
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,7 @@ from phi3v_train.stream import StreamSettings, TrainStream, open_stream
 from phi3v_train.tiny import init_tiny
 from PIL import Image
 from ratios import Ratio, ratio
+from results import json_option, show_results
 from torch.utils.data import DataLoader, Dataset
 
 PEER = "streaming"
@@ -401,9 +401,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 @click.option("--rounds", type=click.IntRange(1), default=7, help="Times every side is measured.")
 @click.option("--workers", type=click.IntRange(0), default=2, help="Of every side.")
 @click.option("--samples", type=click.IntRange(1), help="Only the first so many of every case.")
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Also write results here."
-)
+@json_option
 def main(rounds: int, workers: int, samples: int | None, json_file: Path | None) -> None:
     """The whole stream: samples a second against other ways to feed a trainer."""
     about = machine() | {"rounds": rounds, "load": os.getloadavg()[0]}
@@ -421,11 +419,7 @@ def main(rounds: int, workers: int, samples: int | None, json_file: Path | None)
             ]
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
-    click.echo("\n".join(table(results)))
-    if json_file is not None:
-        content = {**about, "results": [asdict(result) for result in results]}
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+    show_results(about, table(results), results, json_file)
 
 
 if __name__ == "__main__":

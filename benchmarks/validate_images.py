@@ -20,7 +20,6 @@ Before anything is timed both sides must agree: every file is whole, and of the 
 each, cut at nine tenths, is refused by both.
 """
 
-import json
 import os
 import platform
 import statistics
@@ -28,7 +27,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from phi3v_data import check_cache
 from phi3v_data.image_check import Level, check_bytes, check_image
 from PIL import Image, ImageDraw, ImageFont, features
 from ratios import Ratio, ratio
+from results import json_option, show_results
 
 TARGETS = {
     ("header", "JPEG"): 2.5,
@@ -322,9 +322,7 @@ def table(results: Sequence[Result]) -> Iterator[str]:
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=15, help="Times every side is measured.")
 @click.option("--cases", type=click.IntRange(1), default=len(CASES), help="Only the first so many.")
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Also write results here."
-)
+@json_option
 def main(rounds: int, cases: int, json_file: Path | None) -> None:
     """Checking images by level: Pillow against ours."""
     about = machine() | {"rounds": rounds}
@@ -332,11 +330,7 @@ def main(rounds: int, cases: int, json_file: Path | None) -> None:
         results = [measure(case, rounds) for case in CASES[:cases]]
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
-    click.echo("\n".join(table(results)))
-    if json_file is not None:
-        content = {**about, "results": [asdict(result) for result in results]}
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+    show_results(about, table(results), results, json_file)
 
 
 if __name__ == "__main__":

@@ -150,3 +150,35 @@ class Chromium:
         self._process.wait(timeout=30)
         os.close(self._write)
         os.close(self._read)
+
+
+def keep_screenshot(browser: Chromium, file: Path, variable: str) -> Path:
+    """Take a screenshot; the environment variable is a folder to keep a copy in."""
+    browser.screenshot(file)
+    folder = os.environ.get(variable)
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder)
+    return file
+
+
+def trouble(browser: Chromium, page: str, pictures: str) -> list[object]:
+    """Exceptions, refused content, and requests for anything but the page and its own pictures.
+
+    Args:
+        browser: with a page open.
+        page: the name of its file.
+        pictures: how the addresses of its pictures begin.
+    """
+    found: list[object] = []
+    for event in browser.events:
+        method, params = event["method"], event["params"]
+        if method == "Runtime.exceptionThrown":
+            found.append(params["exceptionDetails"])
+        elif method == "Log.entryAdded":
+            found.append(params["entry"]["text"])
+        elif method == "Network.requestWillBeSent":
+            url = params["request"]["url"]
+            if not url.startswith(pictures) and page not in url:
+                found.append(url)
+    return found

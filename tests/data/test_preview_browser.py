@@ -1,6 +1,5 @@
 """The page of `phi3v-data preview` in a browser: headless Chromium, see `chromium.py`."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from phi3v_data import Sample, Turn, write_samples
 from phi3v_data.preview import write_preview
 from PIL import Image
 
-from .chromium import PROGRAM, Chromium
+from .chromium import PROGRAM, Chromium, keep_screenshot, trouble
 
 pytestmark = [
     pytest.mark.browser,
@@ -99,29 +98,7 @@ def click(browser: Chromium, selector: str) -> None:
 
 def keep(browser: Chromium, name: str, tmp_path: Path) -> Path:
     """Take a screenshot; `PREVIEW_SCREENSHOTS` is a folder to keep it in."""
-    file = tmp_path / name
-    browser.screenshot(file)
-    folder = os.environ.get("PREVIEW_SCREENSHOTS")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, folder)
-    return file
-
-
-def trouble(browser: Chromium) -> list[object]:
-    """Exceptions, refused content, and requests for anything but the page and its own pictures."""
-    found: list[object] = []
-    for event in browser.events:
-        method, params = event["method"], event["params"]
-        if method == "Runtime.exceptionThrown":
-            found.append(params["exceptionDetails"])
-        elif method == "Log.entryAdded":
-            found.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent":
-            url = params["request"]["url"]
-            if not url.startswith("data:image/webp") and "preview.html" not in url:
-                found.append(url)
-    return found
+    return keep_screenshot(browser, tmp_path / name, "PREVIEW_SCREENSHOTS")
 
 
 def test_the_gallery_shows_all_samples_and_their_pictures(
@@ -136,7 +113,7 @@ def test_the_gallery_shows_all_samples_and_their_pictures(
     shot = Image.open(keep(browser, "gallery.png", tmp_path)).convert("RGB")
     assert shot.size == (1440, 900)
     assert len(shot.getcolors(1 << 24) or []) > 5_000  # pictures, not an empty page
-    assert trouble(browser) == []
+    assert trouble(browser, "preview.html", "data:image/webp") == []
 
 
 def test_a_click_on_a_rule_leaves_the_samples_it_is_about(browser: Chromium, page: Path):
@@ -191,7 +168,7 @@ def test_a_sample_opens_with_its_conversation_and_findings_in_place(
     keep(browser, "sample.png", tmp_path)
     browser.press("Escape")
     browser.wait_for("!document.querySelector('#detail').open")
-    assert trouble(browser) == []
+    assert trouble(browser, "preview.html", "data:image/webp") == []
 
 
 def test_several_turns_keep_their_order_roles_and_images(browser: Chromium, page: Path):
@@ -258,7 +235,7 @@ def test_nothing_in_the_data_runs_or_asks_the_network(
         browser.evaluate("document.querySelectorAll('iframe, #detail script, #detail a').length")
         == 0
     )
-    assert trouble(browser) == []
+    assert trouble(browser, "preview.html", "data:image/webp") == []
 
 
 def test_the_policy_stops_what_gets_in_nevertheless(browser: Chromium, page: Path):

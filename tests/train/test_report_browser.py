@@ -1,7 +1,5 @@
 """The report of a run in a browser: headless Chromium, see `tests/data/chromium.py`."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +8,7 @@ import pytest
 from phi3v_train.report import write_report
 from PIL import Image
 
-from tests.data.chromium import PROGRAM, Chromium
+from tests.data.chromium import PROGRAM, Chromium, keep_screenshot, trouble
 from tests.train.run_folders import ATTACK, log_line, make_eval_shards, predictions, write_run
 
 pytestmark = [
@@ -44,29 +42,8 @@ def browser(tmp_path: Path) -> Iterator[Chromium]:
 
 def keep(browser: Chromium, name: str, tmp_path: Path) -> Image.Image:
     """Take a screenshot; `REPORT_SCREENSHOTS` is a folder to keep it in."""
-    file = tmp_path / name
-    browser.screenshot(file)
-    folder = os.environ.get("REPORT_SCREENSHOTS")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, folder)
+    file = keep_screenshot(browser, tmp_path / name, "REPORT_SCREENSHOTS")
     return Image.open(file).convert("RGB")
-
-
-def trouble(browser: Chromium) -> list[object]:
-    """Exceptions, refused content, and requests for anything but the page and its own pictures."""
-    found: list[object] = []
-    for event in browser.events:
-        method, params = event["method"], event["params"]
-        if method == "Runtime.exceptionThrown":
-            found.append(params["exceptionDetails"])
-        elif method == "Log.entryAdded":
-            found.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent":
-            url = params["request"]["url"]
-            if not url.startswith("data:image/") and "report.html" not in url:
-                found.append(url)
-    return found
 
 
 def shown_cards(browser: Chromium) -> list[int]:
@@ -91,7 +68,7 @@ def test_curves_and_pictures_are_drawn(browser: Chromium, page: Path, tmp_path: 
     assert len(gallery.getcolors(1 << 24) or []) > 5_000  # pictures, not an empty page
     browser.evaluate("document.querySelector('.matrix').scrollIntoView({ block: 'center' })")
     keep(browser, "matrix.png", tmp_path)
-    assert trouble(browser) == []
+    assert trouble(browser, "report.html", "data:image/") == []
 
 
 def test_a_click_leaves_the_wrong_answers_without_any_script(browser: Chromium, page: Path) -> None:

@@ -27,13 +27,13 @@ Task = Literal["docvqa", "hateful_memes", "nlvr2", "ucf101"]
 class TaskDefaults:
     """What one of the four scripts sets."""
 
-    model: str
+    model: str = "microsoft/Phi-3.5-vision-instruct"
     """Name on the hub."""
-    num_crops: int
-    metric: Literal["accuracy", "anls"]
-    flash_means_bf16: bool
+    num_crops: int = 16
+    metric: Literal["accuracy", "anls"] = "accuracy"
+    flash_means_bf16: bool = False
     """Whether `--use_flash_attention` implies `--bf16`."""
-    eval_splits: tuple[str, ...]
+    eval_splits: tuple[str, ...] = ("val",)
     """Where to look for what is evaluated on: the first that is there."""
     held_out: int | None = None
     """Samples of the training file to evaluate on, where there is no such split."""
@@ -45,40 +45,23 @@ class TaskDefaults:
     """Evaluate on the first question of each conversation."""
 
 
+_OLDER_MODEL = "microsoft/Phi-3-vision-128k-instruct"
+
 TASKS: dict[Task, TaskDefaults] = {
     "docvqa": TaskDefaults(
-        model="microsoft/Phi-3-vision-128k-instruct",
-        num_crops=16,
+        model=_OLDER_MODEL,
         metric="anls",
-        flash_means_bf16=False,
         eval_splits=("val", "test"),
         mini_train=1000,
         mini_eval=200,
     ),
     "hateful_memes": TaskDefaults(
-        model="microsoft/Phi-3-vision-128k-instruct",
-        num_crops=16,
-        metric="accuracy",
-        flash_means_bf16=False,
-        eval_splits=("dev_seen", "dev", "val"),
-        held_out=500,
+        model=_OLDER_MODEL, eval_splits=("dev_seen", "dev", "val"), held_out=500
     ),
     "nlvr2": TaskDefaults(
-        model="microsoft/Phi-3.5-vision-instruct",
-        num_crops=16,
-        metric="accuracy",
-        flash_means_bf16=True,
-        eval_splits=("dev", "val"),
-        held_out=500,
-        asks_first_turn=True,
+        flash_means_bf16=True, eval_splits=("dev", "val"), held_out=500, asks_first_turn=True
     ),
-    "ucf101": TaskDefaults(
-        model="microsoft/Phi-3.5-vision-instruct",
-        num_crops=4,
-        metric="accuracy",
-        flash_means_bf16=True,
-        eval_splits=("val",),
-    ),
+    "ucf101": TaskDefaults(num_crops=4, flash_means_bf16=True),
 }
 
 
