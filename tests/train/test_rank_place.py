@@ -40,6 +40,15 @@ def test_one_task_of_slurm_is_a_process_like_any_other() -> None:
     assert rank_place(one) == RankPlace(0, 1, 0)
 
 
+def test_a_process_takes_the_device_of_its_number_or_the_only_one_that_slurm_shows_it() -> None:
+    torchrun, slurm = rank_place(TORCHRUN), rank_place(SLURM)
+    assert torchrun.local_rank == slurm.local_rank == 1
+    assert torchrun.device_index(2) == slurm.device_index(4) == 1
+    assert slurm.device_index(1) == 0
+    with pytest.raises(ValueError, match="process 1 of this machine has no CUDA device: torch see"):
+        torchrun.device_index(1)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -112,12 +112,7 @@ def join_world(device: str = "auto") -> World:
     place = rank_place(os.environ)
     chosen = torch.device("cpu")
     if use_cuda:
-        if place.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {place.local_rank} of this machine has no CUDA device: torch sees "
-                f"{torch.cuda.device_count()}; start fewer processes, or use device=cpu"
-            )
-        chosen = torch.device("cuda", place.local_rank)
+        chosen = torch.device("cuda", place.device_index(torch.cuda.device_count()))
         torch.cuda.set_device(chosen)
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), chosen, owns_group=False)

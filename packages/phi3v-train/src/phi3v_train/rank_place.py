@@ -29,6 +29,23 @@ class RankPlace:
     rendezvous: dict[str, str] = field(default_factory=dict[str, str])
     """Variables that torch needs and that the launcher did not set."""
 
+    def device_index(self, num_devices: int) -> int:
+        """Which of the devices that this process sees is its own.
+
+        Slurm may show each task its own device alone (`--gpus-per-task=1`): then it is that.
+
+        Raises:
+            ValueError: there are more processes on this machine than devices.
+        """
+        if self.launcher == "Slurm" and num_devices == 1:
+            return 0  # tasks that shared it would be refused by NCCL
+        if self.local_rank >= num_devices:
+            raise ValueError(
+                f"process {self.local_rank} of this machine has no CUDA device: torch sees "
+                f"{num_devices}; start fewer processes, or use device=cpu"
+            )
+        return self.local_rank
+
 
 def rank_place(environment: Mapping[str, str]) -> RankPlace:
     """Read who we are.
