@@ -59,9 +59,10 @@ def test_the_box_says_model_method_devices_and_the_arithmetic_of_a_batch(
     rows = box(tiny, toy_shards, toy_config(tiny, toy_shards, tmp_path, *options), world_size=2)
     assert rows["method"] == "lora, rank 4, alpha 8, all of projector, fp32"
     assert rows["devices"] == "2 x cpu, ddp"
-    assert rows["batch"].startswith("4 samples a step = 2 x ")
-    assert "rows of up to 700 tokens" in rows["batch"]
-    assert rows["steps"] == "6 of 4 samples; 3 an epoch"
+    assert rows["batch"] == (
+        "4 samples a step = 2 devices x 1.67 rows of up to 700 tokens x 1.2 samples"
+    )
+    assert rows["steps"] == "6 of 4 samples each; 3 an epoch"
     assert rows["trainable"].startswith("3")
     assert "% of 700 tokens full" in rows["rows"]
 

@@ -90,7 +90,7 @@ def test_a_dry_run_shows_sources_shares_balance_and_what_is_dropped(
     )
     describe(config, world_size=2)
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for part in ("16 samples an epoch", "12 of 12", "4 of 9", "8 of 4 samples; 4 an epoch"):
+    for part in ("16 samples an epoch", "12 of 12", "4 of 9", "8 of 4 samples each; 4 an epoch"):
         assert part in shown
     assert "3 too long for a row: t6: " in shown
     assert "of 800 tokens full" in shown

@@ -142,8 +142,9 @@ def _data(config: TrainConfig, stream: TrainStream, num_steps: int) -> dict[str,
     num_rows = summary.num_rows + summary.num_empty_rows
     per_rank = num_rows / summary.num_steps / ranks
     rows["batch"] = (
-        f"{config.train.global_batch_size:,} {unit} a step = {ranks} x {per_rank:.3g} rows of up "
-        f"to {capacity:,} tokens x {summary.num_samples / max(summary.num_rows, 1):.3g} samples"
+        f"{config.train.global_batch_size:,} {unit} a step = {_count(ranks, 'device')} x "
+        f"{_count(per_rank, 'row')} of up to {capacity:,} tokens x "
+        f"{_count(summary.num_samples / max(summary.num_rows, 1), 'sample')}"
     )
     rows["rows"] = (
         f"{summary.num_rows:,} an epoch, {summary.utilisation:.0%} of "
@@ -154,10 +155,15 @@ def _data(config: TrainConfig, stream: TrainStream, num_steps: int) -> dict[str,
         f"crops {_spread(summary.crops_per_rank)}"
     )
     rows["steps"] = (
-        f"{num_steps:,} of {config.train.global_batch_size} {unit}; "
+        f"{num_steps:,} of {config.train.global_batch_size:,} {unit} each; "
         f"{stream.steps_per_epoch:,} an epoch"
     )
     return rows
+
+
+def _count(value: float, thing: str) -> str:
+    shown = f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    return f"{shown} {thing}{'' if shown == '1' else 's'}"
 
 
 def _spread(counts: Sequence[int]) -> str:
