@@ -91,9 +91,14 @@ def init_tiny_command(out_dir: Path, seed: int) -> None:
     )
 
 
+_nproc_option = click.option(
+    "--nproc", type=click.IntRange(1), help="Processes, one per device.  [default: 1]"
+)
+
+
 @main.command("launch")
 @click.argument("arguments", metavar="[CONFIG] [KEY=VALUE]...", nargs=-1)
-@click.option("--nproc", type=click.IntRange(1), help="Processes, one per device.  [default: 1]")
+@_nproc_option
 @click.option(
     "--nnodes",
     type=click.IntRange(1),
@@ -312,7 +317,7 @@ def _max_new_tokens_option(default: int) -> Callable[[Callable[P, R]], Callable[
     help="Samples answered together, per device; lower it when memory runs out.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first LIMIT samples.")
-@click.option("--nproc", type=click.IntRange(1), help="Processes, one per device.  [default: 1]")
+@_nproc_option
 @_device_option
 @_one_line_errors
 def eval_command(
