@@ -1,8 +1,8 @@
 """Runs that are killed again and again come to the same end as one that was left alone."""
 
-import multiprocessing
 import random
-import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +10,9 @@ import pytest
 import torch
 from phi3v_train.checkpoint import latest_checkpoint, read_state
 from phi3v_train.trainer import train
-from torch import Tensor
 
 from tests.train.builders import log_lines, toy_config, weights_of
-
-SETTINGS = ("checkpoint.every_steps=1", "log.report=false", "log.tensorboard=false")
-
-
-def attempt(model: Path, shards: Path, output: Path, num_epochs: int) -> None:
-    """What a process of the run does."""
-    torch.set_num_threads(1)
-    train(toy_config(model, shards, output, f"train.num_epochs={num_epochs}", *SETTINGS))
-
-
-def run(arguments: tuple[Path, Path, Path, int], kill_after: float | None = None) -> bool:
-    """Run a process to its end, or kill it after so many seconds; whether it was killed."""
-    # A fork has everything imported. It computes in one thread: the others did not come along.
-    process = multiprocessing.get_context("fork").Process(target=attempt, args=arguments)
-    process.start()
-    process.join(120 if kill_after is None else kill_after)
-    was_running = process.is_alive()
-    process.kill()
-    process.join(60)
-    if kill_after is None:
-        assert not was_running, "the run did not end in two minutes"
-    assert was_running or process.exitcode == 0, process.exitcode
-    return was_running
+from tests.train.kills import Moment, run
 
 
 def facts(output: Path) -> list[dict[str, Any]]:
@@ -44,56 +21,71 @@ def facts(output: Path) -> list[dict[str, Any]]:
     return [{name: line[name] for name in names} for line in log_lines(output)]
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 def kill_and_compare(
-    tiny: Path, shards: Path, folder: Path, *, num_kills: int, num_epochs: int, seed: int
+    tiny: Path, shards: Path, folder: Path, *, num_kills: int, seed: int, more: Sequence[str] = ()
 ) -> None:
-    left_alone, killed = folder / "left alone", folder / "killed"
-    run((tiny, shards, left_alone, num_epochs))
-    started = time.monotonic()
-    run((tiny, shards, folder / "timed", num_epochs))
-    seconds = time.monotonic() - started
+    """Kill a run at random moments of its attempts until it was killed so often.
 
-    moments = random.Random(seed)
+    Half of the moments are drawn from what an attempt of three steps computes, half from the
+    changes that it makes to the disk: so imports apart, every part of an attempt has its share.
+    """
+    num_steps = num_kills + 2
+
+    def attempt(output: Path, max_steps: int = num_steps) -> None:
+        settings = (f"train.max_steps={max_steps}", "train.global_batch_size=2")
+        saving = ("checkpoint.every_steps=1", *more)
+        train(toy_config(tiny, shards, output, *settings, *saving))
+
+    left_alone, killed = folder / "left alone", folder / "killed"
+    run(partial(attempt, left_alone))
+    whole = run(partial(attempt, folder / "measured", 3))
+
+    draw = random.Random(seed)
     reached: list[int] = []
-    kills = 0
+    kills = attempts = in_saves = 0
     while kills < num_kills:
-        kills += run((tiny, shards, killed, num_epochs), moments.uniform(0, seconds * 0.7))
+        if attempts % 2:
+            moment = Moment(change=draw.randrange(whole.num_changes))
+        else:
+            moment = Moment(cpu_seconds=draw.uniform(0, whole.cpu_seconds))
+        attempts += 1
+        kills += run(partial(attempt, killed), moment).was_killed
+        in_saves += any((killed / "checkpoints").glob("*.tmp"))
         checkpoint = latest_checkpoint(killed)
         reached.append(0 if checkpoint is None else read_state(checkpoint).step)
     assert reached == sorted(reached), "a run went back behind a checkpoint"
-    assert reached[-1] > 0
-    run((tiny, shards, killed, num_epochs))
+    # The moments are to meet a run in many states.
+    assert len(set(reached)) > num_kills // 4
+    assert in_saves >= num_kills // 10
+    assert not run(partial(attempt, killed)).was_killed
 
-    assert [fact["step"] for fact in facts(killed)] == list(range(1, 3 * num_epochs + 1))
+    assert [fact["step"] for fact in facts(killed)] == list(range(1, num_steps + 1))
     assert facts(killed) == facts(left_alone)
-    assert_equal(weights_of(killed), weights_of(left_alone))
-    names = {path.name for path in (killed / "checkpoints").iterdir()}
-    newest = 3 * num_epochs
-    assert names == {"latest", f"step-{newest - 1:08d}", f"step-{newest:08d}"}
+    found, expected = weights_of(killed), weights_of(left_alone)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for name in ("best", "latest", "../eval/history.jsonl"):
+        paths = [output / "checkpoints" / name for output in (killed, left_alone)]
+        assert paths[0].exists() == paths[1].exists()
+        if paths[0].exists():
+            assert paths[0].read_text() == paths[1].read_text()
+    names = [
+        sorted(path.name for path in (output / "checkpoints").iterdir())
+        for output in (killed, left_alone)
+    ]
+    assert names[0] == names[1]
 
 
-def test_a_run_killed_three_times_ends_as_one_that_was_left_alone(
-    tiny: Path, toy_shards: Path, tmp_path: Path
-) -> None:
-    kill_and_compare(tiny, toy_shards, tmp_path, num_kills=3, num_epochs=2, seed=0)
-
-
-@pytest.mark.slow
-@pytest.mark.long
 def test_a_run_killed_ten_times_ends_as_one_that_was_left_alone(
     tiny: Path, toy_shards: Path, tmp_path: Path
 ) -> None:
-    kill_and_compare(tiny, toy_shards, tmp_path, num_kills=10, num_epochs=4, seed=1)
+    kill_and_compare(tiny, toy_shards, tmp_path, num_kills=10, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_run_killed_fifty_times_ends_as_one_that_was_left_alone(
+def test_a_run_killed_fifty_times_keeps_its_best_checkpoint_too(
     tiny: Path, toy_shards: Path, tmp_path: Path
 ) -> None:
-    kill_and_compare(tiny, toy_shards, tmp_path, num_kills=50, num_epochs=12, seed=2)
+    measured = (f"data.eval={toy_shards}", "eval.every_steps=2", "eval.limit=2", "eval.after=false")
+    kill_and_compare(tiny, toy_shards, tmp_path, num_kills=50, seed=1, more=measured)
