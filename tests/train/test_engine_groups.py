@@ -101,7 +101,7 @@ def run_group(
     group = subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, cwd=Path(__file__).parents[2]
     )
-    assert group.returncode == 0, group.stdout[-5000:] + group.stderr[-5000:]
+    assert group.returncode == 0, group.stdout[-500:] + group.stderr[-4000:]
     return Group(folder, json.loads((folder / "told.json").read_text()))
 
 
@@ -144,6 +144,8 @@ WENT_ON = {
     "ddp goes on from zero2": "zero2 fp32",
     "zero2 goes on from fsdp2": "fsdp2 fp32",
     "zero1 goes on from zero2": "zero2 fp32",
+    "zero2 goes on from zero1": "zero1 fp32",
+    "zero2 goes on from zero3": "zero3 fp32",
     "zero3 goes on from zero2": "zero2 fp32",
 }
 
@@ -198,7 +200,13 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
 
 
 @pytest.mark.parametrize(
-    "name", ["ddp goes on from fsdp2", "fsdp2 goes on from ddp", "zero1 goes on from zero2"]
+    "name",
+    [
+        "ddp goes on from fsdp2",
+        "fsdp2 goes on from ddp",
+        "zero1 goes on from zero2",
+        "zero2 goes on from zero1",
+    ],
 )
 def test_engines_with_files_of_one_kind_go_on_from_each_other(group: Group, name: str) -> None:
     expected = losses_of(group.output(WENT_ON[name]))[18:]
@@ -210,7 +218,8 @@ def test_engines_with_files_of_one_kind_go_on_from_each_other(group: Group, name
     [
         ("ddp goes on from zero2", "format deepspeed, and the engine of this run reads dcp"),
         ("zero2 goes on from fsdp2", "format dcp, and the engine of this run reads deepspeed"),
-        ("zero3 goes on from zero2", "are for the stage that wrote them"),
+        ("zero3 goes on from zero2", "go on with parallel.engine=zero1 or zero2"),
+        ("zero2 goes on from zero3", "go on with parallel.engine=zero3"),
     ],
 )
 def test_a_checkpoint_that_the_engine_cannot_read_is_refused(
@@ -233,12 +242,13 @@ def test_zero_in_another_number_of_processes_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_one_process_goes_on_from_two_of_fsdp2(
-    group: Group, alone: Alone, tiny: Path, toy_shards: Path, tmp_path: Path
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_one_process_goes_on_from_two(
+    group: Group, alone: Alone, tiny: Path, toy_shards: Path, tmp_path: Path, engine: str
 ) -> None:
     name = "step-00000018"
     checkpoints = tmp_path / "run" / "checkpoints"
-    shutil.copytree(group.output("fsdp2 fp32") / "checkpoints" / name, checkpoints / name)
+    shutil.copytree(group.output(f"{engine} fp32") / "checkpoints" / name, checkpoints / name)
     (checkpoints / "latest").write_text(f"{name}\n")
     train(toy_config(tiny, toy_shards, tmp_path / "run", *TWENTY, SHORT_ROWS), resume=True)
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(alone(TWENTY))[18:], abs=1e-5)
@@ -296,6 +306,9 @@ UNDER_DDP: dict[str, Options] = {
 }
 
 
+EVALUATED: Options = ("eval.every_steps=3", "eval.limit=5", "eval.max_new_tokens=2")
+
+
 @pytest.fixture(scope="module")
 def all_runs(tiny: Path, toy_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Group:
     """Every method under every engine in both precisions; what is offloaded; longer rows."""
@@ -308,6 +321,9 @@ def all_runs(tiny: Path, toy_shards: Path, tmp_path_factory: pytest.TempPathFact
         runs[f"ddp {name}"] = ("parallel.engine=ddp", *SIX, *options)
     for engine in ENGINES:
         runs[f"{engine}, long rows"] = (f"parallel.engine={engine}", *TWENTY)
+        runs[f"{engine}, evaluated"] = (
+            f"parallel.engine={engine}", *SIX, *EVALUATED, f"data.eval={toy_shards}",
+        )  # fmt: skip
     for name, parallel in OFFLOADED.items():
         runs[name] = (f"parallel={parallel}", *TWENTY, *SAVES)
         runs[f"{name}, goes on"] = runs[name]
@@ -353,3 +369,20 @@ def test_twenty_steps_of_what_is_offloaded_have_the_losses_of_one_process(
     rest = all_runs.output(f"{name}, goes on")
     assert losses_of(rest) == pytest.approx(losses_of(output)[18:], abs=1e-6)
     assert_close_weights(rest, output, 1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ENGINES)
+def test_evaluations_on_the_way_have_the_losses_of_one_process(
+    all_runs: Group, alone: Alone, toy_shards: Path, engine: str
+) -> None:
+    expected = evaluation_losses(alone((*SIX, *EVALUATED, f"data.eval={toy_shards}")))
+    found = evaluation_losses(all_runs.output(f"{engine}, evaluated"))
+    assert len(expected) == 2
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert (all_runs.output(f"{engine}, evaluated") / "eval_after.json").exists()
+
+
+def evaluation_losses(output: Path) -> list[float]:
+    lines = (output / "eval" / "history.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]

@@ -136,11 +136,27 @@ class DeepSpeedEngine:
         """Read what `save` wrote, in as many processes as there were then.
 
         Raises:
-            ValueError: the files are damaged, or of another number of processes.
+            ValueError: the files are damaged, of another number of processes, or of a stage that
+                shares out other things.
         """
         from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
-        writers = len(list((folder / _TAG).glob("*_optim_states.pt")))  # one of each process
+        self._check_writers(folder)
+        try:
+            with _quiet_deepspeed():
+                path, _ = self._engine.load_checkpoint(
+                    str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
+                )
+        except (ZeRORuntimeException, OSError, EOFError, KeyError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise ValueError(f"{folder} cannot be read: {reason}") from error
+        if path is None:
+            raise ValueError(f"{folder} cannot be read: DeepSpeed finds no files of its own in it")
+
+    def _check_writers(self, folder: Path) -> None:
+        """DeepSpeed itself would end in an assertion, or read another process's share."""
+        files = folder / _TAG
+        writers = len(list(files.glob("*_optim_states.pt")))  # one of each process
         if writers == 0:
             raise ValueError(f"{folder} cannot be read: it has no files of DeepSpeed in {_TAG}/")
         if writers != self.world.world_size:
@@ -149,19 +165,13 @@ class DeepSpeedEngine:
                 f"{self.world.world_size} would read them, which DeepSpeed cannot; go on with "
                 f"{writers}"
             )
-        try:
-            with _quiet_deepspeed():
-                path, _ = self._engine.load_checkpoint(
-                    str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
-                )
-        except (ZeRORuntimeException, OSError, EOFError, KeyError, RuntimeError) as error:
-            reason = " ".join(f"{type(error).__name__} {error}".split())
+        were_shared = not (files / "mp_rank_00_model_states.pt").exists()  # the weights
+        if were_shared != (self._stage == 3):
+            able = "zero3" if were_shared else "zero1 or zero2"
             raise ValueError(
-                f"{folder} cannot be read: {reason}; DeepSpeed's files are for the stage that "
-                "wrote them"
-            ) from error
-        if path is None:
-            raise ValueError(f"{folder} cannot be read: DeepSpeed finds no files of its own in it")
+                f"{folder} cannot be read: {self.name} shares out other things than the engine "
+                f"that wrote it; go on with parallel.engine={able}"
+            )
 
 
 def _watch_gradients(training: TrainingModel) -> set[str]:
