@@ -1,9 +1,5 @@
 import json
-import multiprocessing
-import os
 import resource
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,14 +21,18 @@ from phi3v_train.checkpoint import (
     save_checkpoint,
     settle,
 )
-from phi3v_train.config import MethodConfig
+from phi3v_train.config import CheckpointConfig, MethodConfig
 from phi3v_train.engine import World
 from phi3v_train.methods import TrainingModel, load_to_train
 from phi3v_train.plan import PlanSettings
 from phi3v_train.replicated_engine import ReplicatedEngine
 from phi3v_train.retention import Keep, Score
 from phi3v_train.trained_weights import read_trained
+from phi3v_train.trainer import train
 from torch import Tensor, nn
+
+from tests.train.builders import toy_config
+from tests.train.kills import Moment, run
 
 PLAN = PlanSettings(
     dataset_fingerprint="d",
@@ -168,40 +168,28 @@ def test_a_checkpoint_that_cannot_be_read_is_left_where_it_is(
     assert folders(tmp_path) == ["latest", "step-00000001", "step-00000004"]
 
 
+# --- when -----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_due_after_so_many_steps_or_so_many_minutes() -> None:
+    by_steps, by_time = CheckpointConfig(every_steps=3), CheckpointConfig(every_minutes=2)
+    assert [done for done in range(1, 8) if by_steps.is_due(done, 1e9)] == [3, 6]
+    assert [seconds for seconds in (0, 119.9, 120, 500) if by_time.is_due(1, seconds)] == [120, 500]
+    both = CheckpointConfig(every_steps=3, every_minutes=2)
+    assert [both.is_due(*now) for now in ((1, 0), (3, 0), (1, 120))] == [False, True, True]
+    assert not CheckpointConfig().is_due(3, 1e9)
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-6, [1, 2, 3]), (60, [3])])
+def test_a_run_saves_when_its_minutes_are_over_and_at_its_end(
+    tiny: Path, toy_shards: Path, tmp_path: Path, minutes: float, saved: list[int]
+) -> None:
+    often = (f"checkpoint.every_minutes={minutes:f}", "checkpoint.keep=9", "train.max_steps=3")
+    train(toy_config(tiny, toy_shards, tmp_path, *often, "method.freeze=[vision, llm]"))
+    assert folders(tmp_path) == ["latest", *(f"step-{step:08d}" for step in saved)]
+
+
 # --- killed at any moment -------------------------------------------------------------------------
-
-
-def killed_at(event: int, work: Callable[[], object]) -> bool:
-    """Do the work in a forked process that is killed before its n-th change of a file or folder.
-
-    Returns:
-        Whether it got that far.
-    """
-    changes = {
-        "open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate",
-    }  # fmt: skip
-
-    def run() -> None:
-        torch.set_num_threads(1)
-        count = 0
-
-        def watch(name: str, arguments: tuple[object, ...]) -> None:
-            nonlocal count
-            # Opening to read changes nothing; flags 0 are O_RDONLY.
-            if name not in changes or (name == "open" and not arguments[2]):
-                return
-            if count == event:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-
-        sys.addaudithook(watch)
-        work()
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(60)
-    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
-    return process.exitcode != 0
 
 
 class Number:
@@ -235,7 +223,7 @@ def test_a_save_killed_before_any_of_its_changes_leaves_the_old_checkpoint_or_th
     while was_killed:
         output = tmp_path / str(event)
         save_number(output, 2)
-        was_killed = killed_at(event, partial(save_number, output, 4))
+        was_killed = run(partial(save_number, output, 4), Moment(change=event)).was_killed
         for found in (latest_checkpoint(output), best_checkpoint(output)):
             assert found is not None
             number = Number(0)

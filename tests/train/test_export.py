@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from phi3v_train.checkpoint import CheckpointError
+from phi3v_train.checkpoint import CheckpointError, read_state
 from phi3v_train.cli import main
 from phi3v_train.export import SIDE_FILES, check_export, export_model, tensor_names
 from phi3v_train.export_checkpoint import export_checkpoint, find_checkpoint
@@ -80,6 +80,26 @@ def test_the_best_checkpoint_is_that_with_the_lowest_loss(full: Path, tmp_path: 
     assert state["score"] == {
         "name": "loss", "value": losses[exported.step], "higher_is_better": False,
     }  # fmt: skip
+
+
+def test_a_run_that_ends_behind_its_best_says_how_to_get_that(
+    tiny: Path, toy_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Steps so large that the loss soon grows.
+    measured = (f"data.eval={toy_shards}", "eval.every_steps=1", "eval.limit=2", "eval.after=false")
+    wild = ("optim.learning_rate=0.3", "optim.warmup_steps=0", "eval.patience=2")
+    output = run(tiny, toy_shards, tmp_path / "run", *measured, *wild)
+    told = capsys.readouterr().out
+    state = read_state(find_checkpoint(output, best=True))
+    last = read_state(find_checkpoint(output)).step
+    assert state.step == last - 2  # its patience
+    assert f"these are the weights of step {last}; the best were those of step {state.step}" in told
+    assert f"phi3v-train export {output} --best --out_dir FOLDER" in told
+    exported = export_checkpoint(output, tmp_path / "best", best=True)
+    newest = export_checkpoint(output, tmp_path / "newest")
+    assert_equal(saved(newest.path), weights_of(output))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(saved(exported.path)[name], weights_of(output)[name])
 
 
 def test_adapters_are_merged_or_written_alone(tiny: Path, lora: Path, tmp_path: Path) -> None:

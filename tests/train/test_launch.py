@@ -47,6 +47,20 @@ def test_more_processes_are_started_with_torchrun(config):
     ]  # fmt: skip
 
 
+def test_a_single_process_that_may_be_started_again_is_started_with_torchrun_too(config):
+    assert check_crew(config, {}, max_restarts=3) == Crew(1)
+    assert check_crew(config, SLURM, nproc=8, nnodes=2, rdzv_endpoint="h:1", max_restarts=3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "way_out"),
+    [(TORCHRUN, "give torchrun its own --max_restarts"), (SLURM, "start one task per machine")],
+)
+def test_restarts_of_what_another_launcher_started_are_refused(config, environment, way_out):
+    with pytest.raises(ConfigError, match=f"--max_restarts 3 inside .*; {way_out}"):
+        check_crew(config, environment, max_restarts=3)
+
+
 def test_without_a_file_only_the_overrides_are_passed_on():
     assert torchrun_command(Crew(2), None, ["a=1"])[-3:] == ["launch", "--", "a=1"]
 

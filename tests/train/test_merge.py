@@ -9,13 +9,17 @@ import pytest
 import torch
 from phi3v_train.config import LoraConfig, MethodConfig
 from phi3v_train.export import SIDE_FILES, export_adapter, tensor_names
+from phi3v_train.export_checkpoint import export_checkpoint
 from phi3v_train.lora import load_adapter
 from phi3v_train.merge import merge
 from phi3v_train.methods import load_model, load_to_train, move, prepare
 from phi3v_train.modeling_phi3_v import Phi3VForCausalLM
 from phi3v_train.probe import largest_difference, probe
+from phi3v_train.trainer import train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.train.builders import toy_config
 
 LORA = MethodConfig(name="lora", lora=LoraConfig(rank=4))
 
@@ -96,6 +100,20 @@ def test_a_part_that_trained_in_full_beside_the_adapters_is_merged_too(
     name = "model.vision_embed_tokens.img_processor.vision_model.embeddings.patch_embedding.weight"
     before, after = (load_file(f / "model.safetensors")[name] for f in (tiny, merged.path))
     assert not torch.equal(before, after)
+
+
+def test_adapters_trained_over_4_bits_are_added_to_the_base_as_it_was_saved(
+    tiny: Path, toy_shards: Path, tmp_path: Path
+) -> None:
+    train(toy_config(tiny, toy_shards, tmp_path / "run", "method.name=qlora", "train.max_steps=2"))
+    merged = merge(tmp_path / "run", tmp_path / "merged", check=True)
+    exported = export_checkpoint(tmp_path / "run", tmp_path / "exported", check=True)
+    expected = probe(load_adapter(load_model(tiny), tmp_path / "run" / "adapter"))
+    assert largest_difference(expected, probe(load_model(merged.path))) < 1e-5
+    assert largest_difference(expected, probe(load_model(tiny))) > 1e-4
+    files = [load_file(out / "model.safetensors") for out in (merged.path, exported.path)]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
 
 
 @pytest.mark.parametrize("method", ["full", "merged"])

@@ -185,8 +185,8 @@ def launch_command(
 
     from phi3v_train.launch import launch
 
-    sys.exit(
-        launch(
+    try:
+        status = launch(
             config_path,
             overrides,
             nproc=nproc,
@@ -197,7 +197,9 @@ def launch_command(
             overwrite=overwrite,
             max_restarts=max_restarts,
         )
-    )
+    except KeyboardInterrupt:  # before the first step, or for the second time
+        status = 130
+    sys.exit(status)
 
 
 def _recipe_overrides(

@@ -13,11 +13,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+_TALKERS = "torch.distributed.elastic"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,14 +23,23 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         0, 1 where a worker failed for good, or 128 + n where signal n ended the run.
     """
-    # Its warnings tell which worker got which signal when; errors are told below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:  # torchrun was not yet ready for it
+        return 128 + signal.SIGINT
+
+
+def _run(arguments: Sequence[str]) -> int:
+    # Here, because it takes seconds in which Ctrl-C may come.
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if "LOGLEVEL" not in os.environ:  # which is torchrun's own
+        _silence()
     try:
         run.main(list(arguments))
     except SignalException as error:
-        # A second Ctrl-C takes torchrun out of its wait for the workers.
-        for worker in _children():
-            os.killpg(worker, signal.SIGKILL)
         return 128 + int(error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -42,17 +48,18 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _silence() -> None:
+    """Warnings tell which worker got which signal when; errors are told in a line here."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(_TALKERS):  # each has a level of its own
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def describe_end(status: int) -> str:
     """How a process ended, from its exit status as `subprocess` has it."""
     if status >= 0:
         return f"ended with status {status}"
     return f"was killed by signal {-status} ({signal.Signals(-status).name})"
-
-
-def _children() -> list[int]:
-    """Processes that this one started; each leads a process group of its own."""
-    listed = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
-    return [int(number) for text in listed for number in text.split()]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     launch("ucf101.yaml", ["seed=1"])             # trains here, on one device
     launch("ucf101.yaml", ["seed=1"], nproc=8)    # torchrun --nproc_per_node=8 ... launch ...
+    launch("ucf101.yaml", max_restarts=3)         # torchrun too: it starts a failed process again
     launch("ucf101.yaml", nproc=8, nnodes=2, node_rank=0, rdzv_endpoint="host0:29400")
 
 Under an existing torchrun, or as one of several tasks of Slurm, this process is one of many and
@@ -14,8 +15,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -83,6 +85,7 @@ def launch(
         nnodes=nnodes,
         node_rank=node_rank,
         rdzv_endpoint=rdzv_endpoint,
+        max_restarts=max_restarts,
     )
     if crew is None:
         from phi3v_train.trainer import train
@@ -101,8 +104,11 @@ def check_crew(
     nnodes: int = 1,
     node_rank: int | None = None,
     rdzv_endpoint: str | None = None,
+    max_restarts: int = 0,
 ) -> Crew | None:
     """Which processes to start, or None where this one trains.
+
+    A single one is started too where it may have to be started again.
 
     Raises:
         ConfigError: wishes that contradict each other or the launcher we are under, or more
@@ -134,13 +140,22 @@ def check_crew(
             f"{given} inside a process that {place.launcher} started "
             f"({name}={place.world_size}); leave {given.split()[0]} out"
         )
+    if max_restarts and place.launcher is not None and not is_task_per_node:
+        ways = {
+            "torchrun": "give torchrun its own --max_restarts",
+            "Slurm": "start one task per machine, with --nproc and --nnodes",
+        }
+        raise ConfigError(
+            f"--max_restarts {max_restarts} inside a process that {place.launcher} started: only "
+            f"what it starts itself can it start again; {ways[place.launcher]}"
+        )
     world_size = max(crew.world_size, place.world_size)
     if world_size > config.train.global_batch_size:
         raise ConfigError(
             f"{world_size} processes share steps of {config.train.global_batch_size} samples: some "
             f"would idle; raise train.global_batch_size to at least {world_size}"
         )
-    return crew if crew.world_size > 1 else None
+    return crew if crew.world_size > 1 or max_restarts else None
 
 
 def torchrun_command(
@@ -201,6 +216,9 @@ def worker_environment(environment: Mapping[str, str], nproc: int) -> dict[str, 
 def run_forwarding_signals(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a command to its end, passing on the signals that ask for an orderly end.
 
+    A second Ctrl-C kills it and the processes that it started, each with its own group: torchrun
+    would go on waiting for them.
+
     Returns:
         Its exit status; 128 + n where signal n was passed on or ended it, as a shell says it.
     """
@@ -208,8 +226,13 @@ def run_forwarding_signals(arguments: Sequence[str], environment: Mapping[str, s
     child: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _: FrameType | None) -> None:
+        is_impatient = bool(received) and number == signal.SIGINT
         received.append(number)
-        if child is not None and child.poll() is None:
+        if child is None or child.poll() is not None:
+            return
+        if is_impatient:
+            _kill_with_children(child)
+        else:
             child.send_signal(number)
 
     with _handling(forward, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
@@ -221,6 +244,15 @@ def run_forwarding_signals(arguments: Sequence[str], environment: Mapping[str, s
     if received:
         return 128 + received[0]
     return 128 - status if status < 0 else status
+
+
+def _kill_with_children(process: subprocess.Popen[bytes]) -> None:
+    listed = [path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
+    process.kill()  # first, so that it starts no others
+    for pid in (int(number) for text in listed for number in text.split()):
+        with suppress(ProcessLookupError):
+            is_leader = os.getpgid(pid) == pid  # as torchrun's are: their own children go too
+            os.killpg(pid, signal.SIGKILL) if is_leader else os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager

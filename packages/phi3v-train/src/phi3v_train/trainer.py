@@ -374,6 +374,12 @@ def _train(
     trained = engine.whole(None if is_lora else saved_dtype)
     output = _export(config, world, trained, saved_dtype)
     log.say(f"wrote {output}")
+    best = evaluation.best if evaluation is not None else None
+    if best is not None and best.step != done and keep.best and engine.state_format == "dcp":
+        log.say(
+            f"these are the weights of step {done}; the best were those of step {best.step}: "
+            f"phi3v-train export {config.output_dir} --best --out_dir FOLDER"
+        )
     after: EvalResult | None = None
     if config.eval.after and evaluation is not None:
         with _progress("evaluating", is_shown=world.is_main) as on_progress:
