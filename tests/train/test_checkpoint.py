@@ -311,6 +311,8 @@ def test_files_of_another_engine_are_refused_with_the_engines_that_read_them(
     (path / "state.json").write_text(json.dumps({**content, "state_format": "deepspeed"}))
     with pytest.raises(CheckpointError, match=r"format deepspeed.* reads dcp; .*zero1, zero2"):
         load_checkpoint(path, engine)
+    with pytest.raises(CheckpointError, match="only dcp is read here; let the run come to its end"):
+        read_trained(path)
 
 
 def test_a_cut_off_weight_file_is_refused(

@@ -88,7 +88,8 @@ def test_a_run_that_ends_behind_its_best_says_how_to_get_that(
     # Steps so large that the loss soon grows.
     measured = (f"data.eval={toy_shards}", "eval.every_steps=1", "eval.limit=2", "eval.after=false")
     wild = ("optim.learning_rate=0.3", "optim.warmup_steps=0", "eval.patience=2")
-    output = run(tiny, toy_shards, tmp_path / "run", *measured, *wild)
+    output = tmp_path / "run"
+    train(toy_config(tiny, toy_shards, output, *measured, *wild))  # saves the best and the last
     told = capsys.readouterr().out
     state = read_state(find_checkpoint(output, best=True))
     last = read_state(find_checkpoint(output)).step

@@ -134,6 +134,12 @@ def test_processes_share_the_cores_unless_told_otherwise():
     assert worker_environment({"OMP_NUM_THREADS": "3"}, 1)["OMP_NUM_THREADS"] == "3"
 
 
+def test_processes_get_ten_minutes_to_save_unless_told_otherwise():
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    assert worker_environment({}, 2)[name] == "600"
+    assert worker_environment({name: "60"}, 2)[name] == "60"
+
+
 @pytest.mark.parametrize("status", [0, 1, 3])
 def test_the_exit_status_is_passed_through(status):
     command = [sys.executable, "-c", f"raise SystemExit({status})"]

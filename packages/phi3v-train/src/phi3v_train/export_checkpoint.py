@@ -47,7 +47,7 @@ class Exported:
 
     def __str__(self) -> str:
         checked = "; read again and found equal" * self.is_checked
-        return f"{self.path}: {self.kind} after {self.step} steps, of {self.checkpoint}{checked}"
+        return f"{self.path}: {self.kind} of step {self.step}, from {self.checkpoint}{checked}"
 
 
 def export_checkpoint(
