@@ -19,8 +19,8 @@ from phi3v_train.trainer import train
 from tests.train.builders import log_lines, losses_of, toy_config, toy_overrides
 
 PATIENCE_S = 300
-LONG = ("train.num_epochs=10", "checkpoint.every_steps=3")
-"""30 steps."""
+LONG = ("train.num_epochs=7", "checkpoint.every_steps=3")
+"""21 steps."""
 
 
 def test_the_end_of_a_process_is_told_in_words() -> None:
@@ -102,11 +102,12 @@ def losses(tiny: Path, toy_shards: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.slow
-def test_a_group_that_lost_a_process_in_a_step_starts_again_from_the_newest_checkpoint(
-    tiny: Path, toy_shards: Path, tmp_path: Path, losses: list[float]
+@pytest.mark.parametrize("processes", [("--nproc", "2"), ()])
+def test_a_run_that_lost_a_process_in_a_step_starts_again_from_the_newest_checkpoint(
+    tiny: Path, toy_shards: Path, tmp_path: Path, losses: list[float], processes: tuple[str, ...]
 ) -> None:
     overrides = toy_overrides(tiny, toy_shards, tmp_path, *LONG)
-    with launched(overrides, "--nproc", "2", "--max_restarts", "1", "--overwrite") as process:
+    with launched(overrides, *processes, "--max_restarts", "1", "--overwrite") as process:
         wait_until(lambda: step_of(tmp_path) > 0, process)
         saved = step_of(tmp_path)
         wait_until(lambda: log_lines(tmp_path)[-1]["step"] > saved, process)
@@ -114,7 +115,7 @@ def test_a_group_that_lost_a_process_in_a_step_starts_again_from_the_newest_chec
         output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     assert "going on from step-" in output
-    assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 31))
+    assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 22))
     assert losses_of(tmp_path) == pytest.approx(losses, abs=1e-4)
 
 
@@ -172,7 +173,7 @@ def test_a_run_goes_on_with_other_processes_and_another_engine_after_every_signa
     stop_one(signal.SIGUSR1)
     stop_group(signal.SIGINT, "fsdp2")
     assert steps == sorted(set(steps))
-    assert steps[-1] < 30
+    assert steps[-1] < 21
     assert train(toy_config(tiny, toy_shards, tmp_path, *LONG)).exit_status == 0
-    assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 31))
+    assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 22))
     assert losses_of(tmp_path) == pytest.approx(losses, abs=1e-4)
