@@ -270,6 +270,23 @@ def test_a_model_that_is_named_otherwise_is_not_looked_for(tmp_path: Path, cache
     assert [setting for setting in overrides if setting.startswith("model=")] == ["model=tiny"]
 
 
+def test_data_is_validated_for_the_crops_that_a_setting_asks_for(
+    tmp_path: Path, cache: Path
+) -> None:
+    write_split(tmp_path, "ucf101", "train", 1)
+    write_split(tmp_path, "ucf101", "val", 1)
+
+    def train_of(num_crops: int | None, *own: str) -> str:
+        flags = RecipeFlags(task="ucf101", data_dir=str(tmp_path), num_crops=num_crops)
+        overrides = recipe_overrides(
+            flags, ["model=tiny", *own], has_config=False, has_gpu=False, say=lambda text: None
+        )
+        return next(setting for setting in overrides if setting.startswith("data.train="))
+
+    assert train_of(None, "data.num_crops=2") == train_of(2) != train_of(None)
+    assert train_of(2, "data.num_crops=9", "data.num_crops=3") == train_of(3)
+
+
 # --- the whole command line -----------------------------------------------------------------------
 
 

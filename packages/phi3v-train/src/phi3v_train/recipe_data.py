@@ -51,8 +51,14 @@ def recipe_overrides(
     if model is None and flags.task is not None and not names_model:
         model = TASKS[flags.task].model
     found = () if model is None else (f"model={find_model(model)}",)
-    data = data_overrides(flags, flags.num_crops, say)
+    data = data_overrides(flags, _own_num_crops(own) or flags.num_crops, say)
     return (*translation.overrides, *found, *data, *own)
+
+
+def _own_num_crops(own: Sequence[str]) -> int | None:
+    """What a setting beside the flags says, where it is a number: data is validated for it."""
+    values = [text.partition("=")[2] for text in own if text.startswith("data.num_crops=")]
+    return int(values[-1]) if values and values[-1].isdecimal() else None
 
 
 def data_overrides(flags: RecipeFlags, num_crops: int | None, say: Say) -> tuple[str, ...]:
