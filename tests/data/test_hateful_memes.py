@@ -320,6 +320,7 @@ def test_listing_is_lazy_and_a_line_without_end_is_not_held(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_file_of_1_gb_is_listed_in_less_than_300_mb(tmp_path: Path) -> None:
     with open(tmp_path / "train.jsonl", "wb") as file:
         number = 0

@@ -262,6 +262,7 @@ def test_a_file_that_is_not_there_is_wrong_usage():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_million_lines_and_four_million_images_take_bounded_memory(root: Path):
     with open("big.jsonl", "w") as file:
         for i in range(1_000_000):

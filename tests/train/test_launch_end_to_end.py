@@ -41,6 +41,7 @@ def uninterrupted(
     return weights_of(output)
 
 
+@pytest.mark.long
 def test_two_processes_give_the_losses_of_one(tiny: Path, toy_shards: Path, tmp_path: Path) -> None:
     process = start(toy_overrides(tiny, toy_shards, tmp_path / "two"), "--nproc", "2")
     output, _ = process.communicate(timeout=120)

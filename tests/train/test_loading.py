@@ -227,6 +227,7 @@ def test_loading_holds_no_second_copy_of_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_way_to_load_a_gigabyte_stays_within_the_limit(tmp_path: Path) -> None:
     output = tmp_path / "memory.json"
     script = str(ROOT / "benchmarks/load_memory.py")
