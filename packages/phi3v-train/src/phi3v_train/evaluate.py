@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from phi3v_data.atomic import write_atomic
+from phi3v_data.schema import Sample
 from phi3v_data.shards import ShardReader, open_shards
 from torch import Tensor
 
@@ -167,18 +168,20 @@ def evaluate(
         ValueError: a sample that cannot be read or encoded; the message names it.
     """
     score = scorer(metric, anls)
-    lengths = prompt_lengths(reader, encoder, questions)
     # Long and short prompts apart; the longest first, so that memory runs out at once or never.
-    by_length = [questions[i] for i in sorted(range(len(questions)), key=lambda i: -lengths[i])]
+    by_length = _longest_first(reader, encoder, questions)
     found: dict[Question, Prediction] = {}
     was_training = model.training
     model.eval()
     try:
         for batch in _batches(by_length, batch_size):
-            samples = [asked(reader.sample(number), turn) for number, turn in batch]
+            samples: list[Sample] = []
             encoded: list[EncodedSample] = []
-            for sample, question in zip(samples, batch, strict=True):
-                images = reader[question.sample].images[: len(sample.images)]
+            for number, turn in batch:
+                record = reader[number]
+                sample = asked(record.sample, turn)
+                images = record.images[: len(sample.images)]
+                samples.append(sample)
                 encoded.append(encoder(sample, images, for_generation=True))
             with _autocast(model.device, autocast_dtype):
                 texts = generate_answers(model, encoder, encoded, max_new_tokens=max_new_tokens)
@@ -230,9 +233,7 @@ def evaluate_on_all_ranks(
         ValueError: as `evaluate`.
     """
     questions = list_questions(reader, count)
-    lengths = prompt_lengths(reader, encoder, questions)
-    by_length = [questions[i] for i in sorted(range(len(questions)), key=lambda i: -lengths[i])]
-    own = by_length[world.rank :: world.world_size]
+    own = _longest_first(reader, encoder, questions)[world.rank :: world.world_size]
     predictions = evaluate(
         model,
         encoder,
@@ -245,6 +246,14 @@ def evaluate_on_all_ranks(
     merged = dict(pair for share in shares for pair in share)
     assert len(merged) == sum(map(len, shares)) == len(questions)
     return [merged[question] for question in questions]
+
+
+def _longest_first(
+    reader: ShardReader, encoder: SampleEncoder, questions: Sequence[Question]
+) -> list[Question]:
+    """The questions by the length of their prompts; those of one length in their order."""
+    lengths = prompt_lengths(reader, encoder, questions)
+    return [questions[i] for i in sorted(range(len(questions)), key=lambda i: -lengths[i])]
 
 
 def prompt_lengths(

@@ -47,9 +47,8 @@ class ReplicatedEngine:
         move(training.model, world.device)
         self.module: nn.Module = PackedLoss(training.model)
         if world.world_size > 1:
-            with quiet(
-                "`broadcast_buffers` is deprecated"
-            ):  # its successor is newer than torch 2.11
+            # Its successor is newer than torch 2.11.
+            with quiet("`broadcast_buffers` is deprecated"):
                 self.module = DistributedDataParallel(
                     self.module,
                     device_ids=[world.device.index] if world.device.type == "cuda" else None,
